@@ -1,0 +1,4165 @@
+/* run.c - LLaMA-02: Llama 2 inference in one C file.
+ *
+ *   make && ./run model.bin -i "Once upon a time"
+ *
+ * The architecture is that of Touvron et al., "Llama 2: Open Foundation and Fine-Tuned Chat Models"
+ * (2023): RMSNorm, rotary position embedding, attention with grouped key/value heads, SwiGLU.
+ * A checkpoint is mapped into memory and never copied; a prompt goes through in batches; text leaves
+ * through a BPE tokenizer as soon as it is a whole character. `./run -h` lists options and modes.
+ *
+ * Rooms, in reading order:
+ *    1. Foundation       failing, allocating, files, output, time
+ *    2. The model        what a Llama is made of, and the one list of its tensors
+ *    3. The checkpoint   from bytes that cannot be trusted to a Model that can
+ *    4. Threads          one verb: parallel
+ *    5. Vectors          sixteen lanes, one fixed order of sums, on every machine
+ *    6. Weights          the types, quantizing, and the one matmul
+ *    7. Attention        the cache of keys and values, and what queries make of it
+ *    8. The transformer  forward: tokens become hidden states; logits: hidden states become scores
+ *    9. The tokenizer    text to tokens and back
+ *   10. The sampler      logits to one token
+ *   11. A session        feed and reply, the two verbs of every text mode
+ *   12. The modes        each a main() of its own
+ *   13. The command line one table of options
+ *
+ * Letters: n tokens at once, t one of them, l a layer, h a head. A comment such as (n, dim) is a
+ * shape, the last extent lying together in memory.
+ */
+#define _GNU_SOURCE
+#include <assert.h>
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#if defined __linux__
+#include <sched.h>
+#elif defined __APPLE__
+#include <sys/sysctl.h>
+#endif
+#if defined __x86_64__
+#include <immintrin.h>
+#elif defined __aarch64__
+#include <arm_neon.h>
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "checkpoints are little-endian and used in place"
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// 1. Foundation: failing, allocating, files, output, time
+
+#define VERSION "1.0"
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
+
+enum { FAILED = 1, MISUSED = 2 };  // exit statuses; 0 is success
+
+// Print "run: ..." as one line and exit. For what the user can mend: paths, files, options.
+__attribute__((noreturn, format(printf, 1, 2)))
+static void die(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fputs("run: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    exit(FAILED);
+}
+
+static int least(int a, int b) { return a < b ? a : b; }
+static int most(int a, int b) { return a > b ? a : b; }
+
+static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+// n zeroed elements, for free(); dies rather than return NULL, so no caller checks.
+static void *new_array(size_t n, size_t size) {
+    void *p = calloc(n + !n, size);
+    if (!p)
+        die("no memory for %zu times %zu bytes", n, size);
+    return p;
+}
+#define NEW(type, n) ((type *)new_array((n), sizeof(type)))
+
+// Room for at least n elements behind *array, growing by doubling; the elements may move.
+static void grow(void **array, size_t *room, size_t n, size_t size) {
+    if (n <= *room)
+        return;
+    size_t wanted = n > 2 * *room ? n : 2 * *room;
+    void *p = wanted <= SIZE_MAX / size ? realloc(*array, wanted * size) : NULL;
+    if (!p)
+        die("no memory for %zu times %zu bytes", wanted, size);
+    *array = p, *room = wanted;
+}
+
+// Many arrays of one lifetime, dealt out from one block that the system fills with zeros page by page
+// as it is touched. A first round with `at` NULL only adds up the size.
+typedef struct {
+    char *at;
+    size_t used, size;
+} Arena;
+
+static void *deal(Arena *a, size_t n, size_t size) {
+    size_t bytes = n <= SIZE_MAX / 4 / size ? round_up(n * size, 64) : SIZE_MAX / 4;
+    void *p = a->at ? a->at + a->used : NULL;
+    a->used = a->used < SIZE_MAX / 4 ? a->used + bytes : SIZE_MAX / 4;
+    return p;
+}
+#define DEAL(arena, type, n) ((type *)deal((arena), (n), sizeof(type)))
+
+// The block for what a first round added up. `advice` says what would make it smaller.
+static Arena open_arena(size_t size, const char *advice) {
+    void *at = mmap(NULL, size + !size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (at == MAP_FAILED)
+        die("no memory: %.0f MB wanted; %s", (double)size / 1e6, advice);
+    return (Arena){at, 0, size};
+}
+
+static void close_arena(Arena *a) { munmap(a->at, a->size + !a->size); }
+
+typedef struct { char *at; size_t n, room; } Bytes;  // text that grows; not a C string
+typedef struct { int *at; size_t n, room; } Tokens;  // ids that grow
+
+static void append(Bytes *b, const char *text, size_t n) {
+    if (n == 0)
+        return;
+    grow((void **)&b->at, &b->room, b->n + n, 1);
+    memcpy(b->at + b->n, text, n);
+    b->n += n;
+}
+
+static void push(Tokens *t, int id) {
+    grow((void **)&t->at, &t->room, t->n + 1, sizeof *t->at);
+    t->at[t->n++] = id;
+}
+
+// A file mapped read-only.
+typedef struct {
+    const char *path;
+    const uint8_t *at;
+    size_t size;
+} File;
+
+static File open_file(const char *path) {
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK);  // a FIFO must not hang here
+    if (fd < 0 || fstat(fd, &st) != 0)
+        die("%s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode))
+        die("%s: not a regular file", path);
+    if (st.st_size == 0)
+        die("%s: the file is empty", path);
+    void *at = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED)
+        die("%s: cannot be mapped: %s", path, strerror(errno));
+    close(fd);
+    return (File){path, at, (size_t)st.st_size};
+}
+
+static void close_file(const File *f) { munmap((void *)(uintptr_t)f->at, f->size); }
+
+static uint32_t read_u32(const void *p) { uint32_t v; memcpy(&v, p, sizeof v); return v; }
+static uint64_t read_u64(const void *p) { uint64_t v; memcpy(&v, p, sizeof v); return v; }
+static float    read_f32(const void *p) { float v;    memcpy(&v, p, sizeof v); return v; }
+
+// All bytes of a stream.
+static Bytes read_all(FILE *in, const char *name) {
+    Bytes b = {0};
+    char part[1 << 16];
+    for (size_t n; (n = fread(part, 1, sizeof part, in)) > 0;)
+        append(&b, part, n);
+    if (ferror(in))
+        die("%s: %s", name, strerror(errno));
+    return b;
+}
+
+// Text of a file, or of standard input for "-".
+static Bytes read_text(const char *path) {
+    if (strcmp(path, "-") == 0)
+        return read_all(stdin, "standard input");
+    FILE *in = fopen(path, "rb");
+    if (!in)
+        die("%s: %s", path, strerror(errno));
+    Bytes b = read_all(in, path);
+    fclose(in);
+    return b;
+}
+
+// Where results go: standard output, or a file that takes its name only when it is complete.
+typedef struct {
+    FILE *file;
+    const char *path;   // NULL for standard output
+    char *beside;       // the name until then; NULL for what cannot be renamed (a device, a pipe)
+} Output;
+
+static Output open_output(const char *path) {
+    struct stat st;
+    if (!path || strcmp(path, "-") == 0)
+        return (Output){stdout, NULL, NULL};
+    Output o = {NULL, path, NULL};
+    if (stat(path, &st) != 0 || S_ISREG(st.st_mode)) {
+        o.beside = NEW(char, strlen(path) + 32);
+        sprintf(o.beside, "%s.%ld.part", path, (long)getpid());
+    }
+    o.file = fopen(o.beside ? o.beside : path, "wb");
+    if (!o.file)
+        die("%s: cannot be written: %s", path, strerror(errno));
+    return o;
+}
+
+// Give up: nothing stays behind.
+static void drop_output(Output *o) {
+    if (o->beside)
+        unlink(o->beside);
+    free(o->beside);
+    o->beside = NULL;
+}
+
+__attribute__((noreturn))
+static void fail_output(Output *o) {
+    int reason = errno;
+    drop_output(o);
+    die("%s: cannot be written: %s", o->path ? o->path : "standard output", strerror(reason));
+}
+
+static void write_bytes(Output *o, const void *data, size_t n) {
+    if (n && fwrite(data, 1, n, o->file) != n)
+        fail_output(o);
+}
+
+static void close_output(Output *o) {
+    if (fflush(o->file) != 0 || ferror(o->file))
+        fail_output(o);
+    if (o->path && fclose(o->file) != 0)
+        fail_output(o);
+    if (o->beside && rename(o->beside, o->path) != 0)
+        fail_output(o);
+    free(o->beside);
+}
+
+// Ctrl-C is held back between these two and asked for between steps, so that no handler, and no
+// variable that a handler changes, is needed.
+static void hold_interrupt(bool held) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT);
+    pthread_sigmask(held ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
+}
+
+static bool interrupt_waits(void) {
+    sigset_t set;
+    return sigpending(&set) == 0 && sigismember(&set, SIGINT) == 1;
+}
+
+static void take_interrupt(void) {
+    sigset_t set;
+    int which;
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT);
+    if (interrupt_waits())
+        sigwait(&set, &which);
+}
+
+// Between the steps of a mode that writes a file: an interrupt leaves nothing half written behind.
+static void give_way(Output *o) {
+    if (o->beside && interrupt_waits()) {
+        drop_output(o);
+        hold_interrupt(false);
+    }
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+// How far a long job is, on a terminal, once it has lasted a second.
+typedef struct {
+    const char *what;
+    double start, shown;
+} Progress;
+
+static Progress start_progress(const char *what) { return (Progress){what, seconds(), 0}; }
+
+static void show_progress(Progress *p, double done, double all) {
+    double now = seconds();
+    if (!isatty(STDERR_FILENO) || now - p->start < 1 || now - p->shown < 0.1)
+        return;
+    p->shown = now;
+    fprintf(stderr, "\r%s: %3.0f %% ", p->what, all > 0 ? 100 * done / all : 100);
+}
+
+static void end_progress(const Progress *p) {
+    if (p->shown > 0)
+        fprintf(stderr, "\r\033[K");
+}
+
+// ------------------------------------------------------------------------------------------------
+// 2. The model: what a Llama is made of
+
+typedef enum { F32, BF16, F16, Q8, Q4, TYPES } Type;
+
+typedef struct {          // weights as they lie in the file; rows go with outputs, columns with inputs
+    Type type;
+    int rows, cols;       // a vector is one row; 0 rows: the model does not have it
+    const uint8_t *data;  // row after row; the quantized types in panels, see room 6
+} Tensor;
+
+typedef enum { NO_SCALING, LINEAR, LLAMA3, SCALINGS } Scaling;
+
+typedef struct {
+    Type type;         // of the matrices; norms and biases are f32
+    int dim;           // width of the residual stream
+    int hidden_dim;    // width inside the feed-forward block
+    int n_layers;
+    int n_heads;       // query heads
+    int n_kv_heads;    // n_heads / n_kv_heads query heads share one key and value head
+    int head_dim;
+    int vocab_size;
+    int max_seq_len;
+    int window;        // a token sees this many positions, itself included; 0: all
+    bool tied;         // the classifier is the embedding
+    bool biases;       // on queries, keys and values
+    bool head_norms;   // RMSNorm on each query and key head
+    bool neighbours;   // RoPE turns pairs (2i, 2i+1), otherwise (i, i + head_dim/2)
+    float norm_eps, rope_theta;
+    Scaling scaling;   // of RoPE's frequencies
+    float factor, low_freq_factor, high_freq_factor;
+    int original_context;
+} Config;
+
+typedef struct {
+    Tensor attention_norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo;
+    Tensor ffn_norm, w1, w3, w2;  // w2(silu(w1 x) * w3 x)
+} Layer;
+
+typedef struct {
+    Config config;
+    Tensor embedding, final_norm, classifier;
+    Layer *layers;
+    File file;         // the mapping that all tensors point into
+    const char *form;  // what kind of file it is
+} Model;
+
+static int q_dim(const Config *c) { return c->n_heads * c->head_dim; }
+static int kv_dim(const Config *c) { return c->n_kv_heads * c->head_dim; }
+
+typedef enum { ONE, DIM, Q_DIM, KV_DIM, HEAD_DIM, HIDDEN, VOCAB } Extent;
+
+static int extent(const Config *c, Extent e) {
+    switch (e) {
+    case ONE:      return 1;
+    case DIM:      return c->dim;
+    case Q_DIM:    return q_dim(c);
+    case KV_DIM:   return kv_dim(c);
+    case HEAD_DIM: return c->head_dim;
+    case HIDDEN:   return c->hidden_dim;
+    case VOCAB:    return c->vocab_size;
+    }
+    return 0;
+}
+
+// Every tensor once, in the order of our file: loading, quantizing, counting and printing walk this
+// table, and nothing else knows the list.
+typedef enum {
+    EMBEDDING, ATTENTION_NORM, WQ, WK, WV, BQ, BK, BV, Q_NORM, K_NORM, WO, FFN_NORM, W1, W3, W2,
+    FINAL_NORM, CLASSIFIER, SLOTS
+} SlotId;
+
+static const struct Slot {
+    const char *name;
+    bool per_layer;
+    size_t at;          // in Layer or in Model
+    Extent rows, cols;  // one row: a vector, always f32
+} slots[SLOTS] = {
+    [EMBEDDING]      = {"embedding",      false, offsetof(Model, embedding),      VOCAB,  DIM},
+    [ATTENTION_NORM] = {"attention norm", true,  offsetof(Layer, attention_norm), ONE,    DIM},
+    [WQ]             = {"wq",             true,  offsetof(Layer, wq),             Q_DIM,  DIM},
+    [WK]             = {"wk",             true,  offsetof(Layer, wk),             KV_DIM, DIM},
+    [WV]             = {"wv",             true,  offsetof(Layer, wv),             KV_DIM, DIM},
+    [BQ]             = {"bq",             true,  offsetof(Layer, bq),             ONE,    Q_DIM},
+    [BK]             = {"bk",             true,  offsetof(Layer, bk),             ONE,    KV_DIM},
+    [BV]             = {"bv",             true,  offsetof(Layer, bv),             ONE,    KV_DIM},
+    [Q_NORM]         = {"q norm",         true,  offsetof(Layer, q_norm),         ONE,    HEAD_DIM},
+    [K_NORM]         = {"k norm",         true,  offsetof(Layer, k_norm),         ONE,    HEAD_DIM},
+    [WO]             = {"wo",             true,  offsetof(Layer, wo),             DIM,    Q_DIM},
+    [FFN_NORM]       = {"ffn norm",       true,  offsetof(Layer, ffn_norm),       ONE,    DIM},
+    [W1]             = {"w1",             true,  offsetof(Layer, w1),             HIDDEN, DIM},
+    [W3]             = {"w3",             true,  offsetof(Layer, w3),             HIDDEN, DIM},
+    [W2]             = {"w2",             true,  offsetof(Layer, w2),             DIM,    HIDDEN},
+    [FINAL_NORM]     = {"final norm",     false, offsetof(Model, final_norm),     ONE,    DIM},
+    [CLASSIFIER]     = {"classifier",     false, offsetof(Model, classifier),     VOCAB,  DIM},
+};
+
+static bool has_slot(const Config *c, SlotId s) {
+    switch (s) {
+    case BQ: case BK: case BV:  return c->biases;
+    case Q_NORM: case K_NORM:   return c->head_norms;
+    case CLASSIFIER:            return !c->tied;
+    default:                    return true;
+    }
+}
+
+static Tensor *tensor_at(Model *m, SlotId s, int layer) {
+    char *base = slots[s].per_layer ? (char *)&m->layers[layer] : (char *)m;
+    return (Tensor *)(void *)(base + slots[s].at);
+}
+
+// The shape and type that a model of this config gives to a slot.
+static Tensor blank_tensor(const Config *c, SlotId s) {
+    Extent rows = slots[s].rows;
+    return (Tensor){rows == ONE ? F32 : c->type, extent(c, rows), extent(c, slots[s].cols), NULL};
+}
+
+// Quantized weights: GROUP columns share a scale, a LINE is 4 bytes of each of PANEL rows (room 6).
+enum { GROUP = 32, PANEL = 16, LINE = 64 };
+
+static size_t group_count(int cols) { return round_up((size_t)cols, GROUP) / GROUP; }
+static size_t panel_count(int rows) { return round_up((size_t)rows, PANEL) / PANEL; }
+static size_t group_lines(Type type) { return type == Q8 ? 8 : 4; }
+
+// Bytes of the lines of a panel, after which its scales stand.
+static size_t line_bytes(Type type, int cols) {
+    return group_count(cols) * group_lines(type) * LINE;
+}
+
+static size_t panel_bytes(Type type, int cols) {
+    return line_bytes(type, cols) + round_up(group_count(cols) * PANEL * 2, LINE);
+}
+
+static size_t row_bytes(Type type, int cols) { return (size_t)cols * (type == F32 ? 4 : 2); }
+
+static bool is_quantized(Type type) { return type == Q8 || type == Q4; }
+
+static size_t tensor_bytes(const Tensor *w) {
+    return is_quantized(w->type) ? panel_count(w->rows) * panel_bytes(w->type, w->cols)
+                                 : (size_t)w->rows * row_bytes(w->type, w->cols);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 3. The checkpoint: from bytes that cannot be trusted to a Model that can
+//
+// Ours: 256 bytes of header (below), then the tensors in the order of `slots`, layer by layer, each
+// on a 64-byte boundary. llama2.c's versions 0 and 1 hold f32 kind by kind for all layers, unaligned.
+
+enum { HEADER = 256, MAGIC = 8, LLAMA2C_MAGIC = 0x616b3432 };
+static const char magic[MAGIC] = "LLAMA02";
+
+enum { TIED = 1, BIASES = 2, HEAD_NORMS = 4, NEIGHBOURS = 8, ALL_FLAGS = 15 };
+
+// Extents that our own arithmetic is sure to hold for: an int counts elements of a row, 2^20 items
+// fit a job (room 4), and what is added to a position in a file is below 2^48.
+static const struct Limit {
+    const char *name;
+    size_t at;
+    int most;
+} limits[] = {
+    {"dim",         offsetof(Config, dim),         1 << 20},
+    {"hidden_dim",  offsetof(Config, hidden_dim),  1 << 22},
+    {"n_layers",    offsetof(Config, n_layers),    1 << 14},
+    {"n_heads",     offsetof(Config, n_heads),     1 << 14},
+    {"n_kv_heads",  offsetof(Config, n_kv_heads),  1 << 14},
+    {"head_dim",    offsetof(Config, head_dim),    1 << 12},
+    {"vocab_size",  offsetof(Config, vocab_size),  1 << 23},
+    {"max_seq_len", offsetof(Config, max_seq_len), 1 << 26},
+};
+
+static int *limited(Config *c, int i) { return (int *)(void *)((char *)c + limits[i].at); }
+
+static void check_config(Config *c, const char *path) {
+    for (int i = 0; i < COUNT(limits); i++) {
+        int v = *limited(c, i);
+        if (v < 1 || v > limits[i].most)
+            die("%s: %s is %d, not in 1 to %d", path, limits[i].name, v, limits[i].most);
+    }
+    if (c->n_heads % c->n_kv_heads)
+        die("%s: n_heads %d is no multiple of n_kv_heads %d", path, c->n_heads, c->n_kv_heads);
+    if (c->head_dim % 2)
+        die("%s: head_dim %d is odd, but RoPE turns pairs", path, c->head_dim);
+    if (c->window < 0)
+        die("%s: sliding window is %d, not 0 or more", path, c->window);
+    if ((int64_t)c->n_heads * c->head_dim > 1 << 22)
+        die("%s: n_heads %d times head_dim %d is above %d", path, c->n_heads, c->head_dim, 1 << 22);
+    if (!(c->norm_eps >= 0 && c->norm_eps < 1))
+        die("%s: norm_eps is %g, not in 0 to 1", path, (double)c->norm_eps);
+    if (!(c->rope_theta > 0 && c->rope_theta < FLT_MAX))
+        die("%s: rope_theta is %g, not above 0 and finite", path, (double)c->rope_theta);
+}
+
+static void check_scaling(const Config *c, const char *path) {
+    if (c->scaling == NO_SCALING)
+        return;
+    if (!(c->factor > 0 && c->factor < FLT_MAX))
+        die("%s: RoPE scaling factor is %g, not above 0 and finite", path, (double)c->factor);
+    if (c->scaling == LLAMA3 && !(c->low_freq_factor > 0 && c->high_freq_factor < FLT_MAX
+                                  && c->low_freq_factor < c->high_freq_factor))
+        die("%s: RoPE low_freq_factor %g is not above 0 and below high_freq_factor %g", path,
+            (double)c->low_freq_factor, (double)c->high_freq_factor);
+    if (c->scaling == LLAMA3 && c->original_context < 1)
+        die("%s: RoPE original context is %d, not 1 or more", path, c->original_context);
+}
+
+static bool all_zero(const uint8_t *p, size_t n) {
+    while (n && *p == 0)
+        p++, n--;
+    return n == 0;
+}
+
+// The header of our format; see README, "The checkpoint".
+static Config read_header(const File *f) {
+    const uint8_t *h = f->at;
+    if (f->size < HEADER)
+        die("%s: %zu bytes are less than the %d of a header", f->path, f->size, HEADER);
+    if (read_u32(h + 8) != 1)
+        die("%s: version is %u, wanted 1", f->path, read_u32(h + 8));
+    uint32_t type = read_u32(h + 12), flags = read_u32(h + 52), scaling = read_u32(h + 64);
+    if (type >= TYPES)
+        die("%s: type is %u, wanted 0 to %d", f->path, type, TYPES - 1);
+    if (flags & ~(uint32_t)ALL_FLAGS)
+        die("%s: flags are %#x, of which only %#x are known", f->path, flags, ALL_FLAGS);
+    if (scaling >= SCALINGS)
+        die("%s: RoPE scaling is %u, wanted 0 to %d", f->path, scaling, SCALINGS - 1);
+    if (!all_zero(h + 84, 164))
+        die("%s: bytes 84 to 247 of the header are not zero", f->path);
+    if (read_u64(h + 248) != f->size)
+        die("%s: the file has %zu bytes, its header says %llu", f->path, f->size,
+            (unsigned long long)read_u64(h + 248));
+    Config c = {
+        .type = (Type)type,            .window = (int)read_u32(h + 48),
+        .tied = flags & TIED,          .biases = flags & BIASES,
+        .head_norms = flags & HEAD_NORMS, .neighbours = flags & NEIGHBOURS,
+        .norm_eps = read_f32(h + 56),  .rope_theta = read_f32(h + 60),
+        .scaling = (Scaling)scaling,   .factor = read_f32(h + 68),
+        .low_freq_factor = read_f32(h + 72), .high_freq_factor = read_f32(h + 76),
+        .original_context = (int)read_u32(h + 80),
+    };
+    for (int i = 0; i < COUNT(limits); i++)
+        *limited(&c, i) = (int)read_u32(h + 16 + 4 * i);
+    return c;
+}
+
+// The seven ints of llama2.c's headers.
+static Config read_llama2c_header(const uint8_t *h) {
+    Config c = {.type = F32, .neighbours = true, .norm_eps = 1e-5f, .rope_theta = 1e4f};
+    int *const fields[] = {&c.dim, &c.hidden_dim, &c.n_layers, &c.n_heads, &c.n_kv_heads,
+                           &c.vocab_size, &c.max_seq_len};
+    for (int i = 0; i < COUNT(fields); i++)
+        *fields[i] = (int)read_u32(h + 4 * i);
+    c.head_dim = c.n_heads > 0 ? c.dim / c.n_heads : 0;
+    return c;
+}
+
+// Point the next tensor of the file at `*at`; past the end it stays unset and *at tells.
+static void take(Model *m, SlotId s, int layer, size_t *at, size_t alignment) {
+    if (!has_slot(&m->config, s) || *at > m->file.size)
+        return;
+    Tensor *w = tensor_at(m, s, layer);
+    *w = blank_tensor(&m->config, s);
+    *at = round_up(*at, alignment);
+    w->data = m->file.at + *at;
+    *at += tensor_bytes(w);
+}
+
+static void take_all_layers(Model *m, SlotId s, size_t *at) {
+    for (int l = 0; l < (slots[s].per_layer ? m->config.n_layers : 1); l++)
+        take(m, s, l, at, 1);
+}
+
+// Where the tensors of our format end.
+static size_t take_ours(Model *m) {
+    size_t at = HEADER;
+    take(m, EMBEDDING, 0, &at, LINE);
+    for (int l = 0; l < m->config.n_layers; l++)
+        for (SlotId s = ATTENTION_NORM; s <= W2; s++)
+            take(m, s, l, &at, LINE);
+    take(m, FINAL_NORM, 0, &at, LINE);
+    take(m, CLASSIFIER, 0, &at, LINE);
+    return at;
+}
+
+// llama2.c, version 0: no magic, so it must have exactly the size that its header implies, with or
+// without two tables of RoPE (seq_len, head_dim/2). Returns whether it does.
+static bool take_version_0(Model *m) {
+    static const SlotId order[] = {EMBEDDING, ATTENTION_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3,
+                                   FINAL_NORM};
+    const Config *c = &m->config;
+    size_t at = 28, tables = (size_t)c->max_seq_len * (size_t)c->head_dim * 4;
+    for (int i = 0; i < COUNT(order); i++)
+        take_all_layers(m, order[i], &at);
+    Tensor classifier = blank_tensor(c, CLASSIFIER);
+    size_t rest = at + (c->tied ? 0 : tensor_bytes(&classifier));
+    if (rest + tables == m->file.size)
+        at += tables;
+    take(m, CLASSIFIER, 0, &at, 1);
+    return at == m->file.size;
+}
+
+static size_t take_version_1(Model *m) {
+    static const SlotId order[] = {ATTENTION_NORM, FFN_NORM, FINAL_NORM, EMBEDDING, WQ, WK, WV, WO,
+                                   W1, W2, W3, CLASSIFIER};
+    size_t at = HEADER;
+    for (int i = 0; i < COUNT(order); i++)
+        take_all_layers(m, order[i], &at);
+    return at;
+}
+
+static void check_size(const Model *m, size_t wanted) {
+    if (wanted != m->file.size)
+        die("%s: the file has %zu bytes, its shapes want %s%zu", m->file.path, m->file.size,
+            wanted > m->file.size ? "at least " : "", wanted);
+}
+
+static void open_ours(Model *m) {
+    m->config = read_header(&m->file);
+    check_config(&m->config, m->file.path);
+    check_scaling(&m->config, m->file.path);
+    m->layers = NEW(Layer, m->config.n_layers);
+    m->form = "LLaMA-02, version 1";
+    check_size(m, take_ours(m));
+}
+
+static void open_version_1(Model *m) {
+    const char *path = m->file.path;
+    if (m->file.size < HEADER)
+        die("%s: %zu bytes are less than the %d of a header", path, m->file.size, HEADER);
+    if (read_u32(m->file.at + 4) == 2)
+        die("%s: llama2.c's int8 (version 2) is not read: export f32 (version 0 or 1) and use "
+            "-m quantize", path);
+    if (read_u32(m->file.at + 4) != 1)
+        die("%s: llama2.c's version is %u, wanted 1", path, read_u32(m->file.at + 4));
+    m->config = read_llama2c_header(m->file.at + 8);
+    m->config.tied = m->file.at[36] != 0;
+    if (m->config.n_heads > 0 && m->config.dim % m->config.n_heads)
+        die("%s: dim %d is no multiple of n_heads %d", path, m->config.dim, m->config.n_heads);
+    check_config(&m->config, path);
+    m->layers = NEW(Layer, m->config.n_layers);
+    m->form = "llama2.c, version 1";
+    check_size(m, take_version_1(m));
+}
+
+static void open_version_0(Model *m) {
+    const char *path = m->file.path;
+    if (m->file.size < 28)
+        die("%s: not a checkpoint: %zu bytes hold no header", path, m->file.size);
+    Config *c = &m->config;
+    *c = read_llama2c_header(m->file.at);
+    c->tied = c->vocab_size > 0;
+    if (c->vocab_size < 0 && c->vocab_size > INT_MIN)
+        c->vocab_size = -c->vocab_size;
+    for (int i = 0; i < COUNT(limits); i++)
+        if (*limited(c, i) < 1 || *limited(c, i) > limits[i].most)
+            die("%s: not a checkpoint: neither the magic LLAMA02 or llama2.c's ak42 nor the header "
+                "of llama2.c's version 0 (%s would be %d)", path, limits[i].name, *limited(c, i));
+    if (c->dim % c->n_heads)
+        die("%s: dim %d is no multiple of n_heads %d", path, c->dim, c->n_heads);
+    check_config(c, path);
+    m->layers = NEW(Layer, c->n_layers);
+    m->form = "llama2.c, version 0";
+    if (!take_version_0(m))
+        die("%s: not a checkpoint, or cut short: without a magic its %zu bytes would have to be "
+            "exactly what llama2.c's version 0 implies", path, m->file.size);
+}
+
+// What people try that is something else.
+static void refuse_strangers(const File *f) {
+    static const struct { const char *start; size_t n; const char *what; } strangers[] = {
+        {"GGUF", 4, "a GGUF file"},
+        {"PK\3\4", 4, "a zip archive, as PyTorch writes"},
+        {"24ka", 4, "byte-swapped: written on a big-endian machine"},
+        {"LLAMA02T", 8, "a tokenizer"},
+    };
+    for (int i = 0; i < COUNT(strangers); i++)
+        if (f->size >= 8 && memcmp(f->at, strangers[i].start, strangers[i].n) == 0)
+            die("%s: this is %s, not a checkpoint; export.py writes one from a model's folder",
+                f->path, strangers[i].what);
+}
+
+// Map the file, read whichever header it has, point every tensor into it. Dies, naming file and
+// field, unless the shapes are sane and the file has exactly the bytes they need.
+static Model open_model(const char *path) {
+    Model m = {.file = open_file(path)};
+    refuse_strangers(&m.file);
+    if (m.file.size >= MAGIC && memcmp(m.file.at, magic, MAGIC) == 0)
+        open_ours(&m);
+    else if (m.file.size >= 8 && read_u32(m.file.at) == LLAMA2C_MAGIC)
+        open_version_1(&m);
+    else
+        open_version_0(&m);
+    if (m.config.tied)
+        m.classifier = m.embedding;
+    // Read ahead in big steps; pages are only asked for, so a model larger than memory still runs.
+    madvise((void *)(uintptr_t)m.file.at, m.file.size, MADV_WILLNEED);
+    return m;
+}
+
+static void close_model(Model *m) {
+    free(m->layers);
+    close_file(&m->file);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 4. Threads: one verb, parallel
+//
+// A job is n items, claimed a few at a time from one atomic word, so a thread that the system takes
+// away holds up what it has claimed and nothing else: one that never woke holds up nothing. Whoever
+// waits spins for a moment, as jobs follow each other closely, and then sleeps.
+
+typedef void Work(void *job, int thread, int first, int end);
+
+enum { MAX_THREADS = 1024, MAX_ITEMS = (1 << 20) - 1 };
+
+// The word: 24 bits count the jobs, 20 the items of this job, 20 the items already claimed. A claim is
+// a compare-and-swap, so one prepared for an earlier job fails.
+typedef struct {
+    _Alignas(64) _Atomic uint64_t ticket;
+    _Alignas(64) _Atomic int done;     // items of this job
+    _Alignas(64) _Atomic(Work *) work;
+    _Atomic(void *) job;
+    _Atomic bool closing;
+    _Atomic int sleepers;              // workers asleep
+    _Atomic bool owner_sleeps;
+    _Atomic int born;                  // workers that have taken their number
+    int threads;                       // the caller of parallel() is one
+    pthread_t *workers;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake, finished;
+} Pool;
+
+static uint64_t new_ticket(uint64_t job, int items) { return job << 40 | (uint64_t)items << 20; }
+static int items_of(uint64_t ticket) { return (int)(ticket >> 20 & MAX_ITEMS); }
+static int claimed_of(uint64_t ticket) { return (int)(ticket & MAX_ITEMS); }
+static bool items_left(uint64_t ticket) { return claimed_of(ticket) < items_of(ticket); }
+
+static void relax(void) {
+#if defined __x86_64__
+    _mm_pause();
+#elif defined __aarch64__
+    __asm__ volatile("yield");
+#endif
+}
+
+// Claim a share of what is left, smaller towards the end, do it, and say so. False: nothing was left.
+static bool work_once(Pool *p, int thread) {
+    uint64_t ticket = atomic_load(&p->ticket);
+    Work *work;
+    void *job;
+    int first, n;
+    do {
+        if (!items_left(ticket))
+            return false;
+        first = claimed_of(ticket);
+        n = most(1, (items_of(ticket) - first) / (4 * p->threads));
+        work = atomic_load_explicit(&p->work, memory_order_relaxed);
+        job = atomic_load_explicit(&p->job, memory_order_relaxed);
+    } while (!atomic_compare_exchange_weak(&p->ticket, &ticket, ticket + (uint64_t)n));
+    work(job, thread, first, first + n);
+    if (atomic_fetch_add(&p->done, n) + n == items_of(ticket) && atomic_load(&p->owner_sleeps)) {
+        pthread_mutex_lock(&p->mutex);
+        pthread_cond_signal(&p->finished);
+        pthread_mutex_unlock(&p->mutex);
+    }
+    return true;
+}
+
+static bool work_waits(Pool *p) { return items_left(atomic_load(&p->ticket)) || p->closing; }
+static bool job_done(Pool *p) { return atomic_load(&p->done) == items_of(atomic_load(&p->ticket)); }
+
+// Watch for a moment; true when it came.
+static bool spin(Pool *p, bool (*came)(Pool *)) {
+    enum { SPINS = 1 << 11 };
+    for (int i = 0; i < SPINS; i++) {
+        if (came(p))
+            return true;
+        relax();
+    }
+    return false;
+}
+
+static void *worker(void *argument) {
+    Pool *p = argument;
+    int thread = 1 + atomic_fetch_add(&p->born, 1);
+    while (!p->closing) {
+        if (work_once(p, thread) || spin(p, work_waits))
+            continue;
+        pthread_mutex_lock(&p->mutex);
+        p->sleepers++;
+        while (!work_waits(p))
+            pthread_cond_wait(&p->wake, &p->mutex);
+        p->sleepers--;
+        pthread_mutex_unlock(&p->mutex);
+    }
+    return NULL;
+}
+
+static void wake_workers(Pool *p) {
+    if (p->sleepers == 0)
+        return;
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+// Do items 0 to n of a job on all threads; returns when all are done. Which thread does which items is
+// chance, so results must not depend on it.
+static void parallel(Pool *p, int n, Work *work, void *job) {
+    assert(n >= 0 && n <= MAX_ITEMS);
+    if (p->threads == 1 || n <= 1) {
+        if (n)
+            work(job, 0, 0, n);
+        return;
+    }
+    atomic_store_explicit(&p->work, work, memory_order_relaxed);
+    atomic_store_explicit(&p->job, job, memory_order_relaxed);
+    atomic_store(&p->done, 0);
+    atomic_store(&p->ticket, new_ticket((atomic_load(&p->ticket) >> 40) + 1, n));
+    wake_workers(p);
+    while (work_once(p, 0))
+        ;
+    if (spin(p, job_done))
+        return;
+    pthread_mutex_lock(&p->mutex);
+    p->owner_sleeps = true;
+    while (!job_done(p))
+        pthread_cond_wait(&p->finished, &p->mutex);
+    p->owner_sleeps = false;
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void start_pool(Pool *p, int threads) {
+    *p = (Pool){.threads = 1, .workers = NEW(pthread_t, threads)};
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->finished, NULL);
+    p->threads = threads;
+    for (int i = 1; i < threads; i++)
+        if (pthread_create(&p->workers[i], NULL, worker, p) != 0)
+            die("thread %d of %d cannot be started; -j sets a smaller number", i + 1, threads);
+}
+
+static void stop_pool(Pool *p) {
+    pthread_mutex_lock(&p->mutex);
+    p->closing = true;
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+    for (int i = 1; i < p->threads; i++)
+        pthread_join(p->workers[i], NULL);
+    free(p->workers);
+}
+
+#if defined __linux__
+// The first number in a file of the system, or `otherwise`.
+static long read_number(const char *path, long otherwise) {
+    long v = otherwise;
+    FILE *f = fopen(path, "r");
+    if (f && fscanf(f, "%ld", &v) != 1)
+        v = otherwise;
+    if (f)
+        fclose(f);
+    return v;
+}
+
+// Cores that the control group's quota pays for, rounded up.
+static int quota_cores(void) {
+    long quota = -1, period = 0;
+    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");  // version 2: "max 100000" or "150000 100000"
+    if (f && fscanf(f, "%ld %ld", &quota, &period) != 2)
+        quota = -1;
+    if (f) {
+        fclose(f);
+    } else {
+        quota = read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", -1);
+        period = read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us", 0);
+    }
+    return quota > 0 && period > 0 ? (int)((quota + period - 1) / period) : INT_MAX;
+}
+
+// Physical cores this process may use: of the hyper-threads of a core only the first is counted, and
+// only if it is allowed (or is the first allowed one).
+static int usable_cores(void) {
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0)
+        return 1;
+    int cores = 0;
+    for (int i = 0; i < CPU_SETSIZE; i++) {
+        char path[96];
+        snprintf(path, sizeof path,
+                 "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", i);
+        if (!CPU_ISSET(i, &allowed))
+            continue;
+        long first = read_number(path, i);
+        cores += first == i || first < 0 || first >= CPU_SETSIZE || !CPU_ISSET(first, &allowed);
+    }
+    return most(1, least(cores, quota_cores()));
+}
+#elif defined __APPLE__
+static int usable_cores(void) {
+    int cores = 1;
+    size_t size = sizeof cores;
+    if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, NULL, 0) != 0)
+        sysctlbyname("hw.physicalcpu", &cores, &size, NULL, 0);
+    return most(1, cores);
+}
+#else
+static int usable_cores(void) { return most(1, (int)sysconf(_SC_NPROCESSORS_ONLN)); }
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// 5. Vectors: sixteen lanes, one fixed order of sums, on every machine
+//
+// An f32v is 16 floats whatever the machine: one AVX-512 register, two of AVX, four of NEON or SSE. A
+// sum of many products has 16 running sums, lane i taking every 16th, joined at the end in one order;
+// multiply-adds are fused everywhere. So the same numbers come out bit for bit on every machine.
+// Kernels are written on the steps below and never learn the instruction set.
+
+#if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VNNI__
+#define STEPS_AVX512
+enum { LANES = 16 };
+#elif defined __AVX2__ && defined __FMA__ && defined __F16C__
+#define STEPS_AVX2
+enum { LANES = 8 };
+#elif defined __aarch64__
+#define STEPS_NEON
+enum { LANES = 4 };
+#else
+enum { LANES = 4 };
+#endif
+enum { WIDTH = 16, PARTS = WIDTH / LANES };
+
+// A struct of native registers rather than one vector of 64 bytes: gcc 12 keeps the latter in memory
+// on machines whose registers are smaller (a dot product then runs 9 times slower).
+typedef float    FloatPart __attribute__((vector_size(4 * LANES)));
+typedef int32_t  IntPart   __attribute__((vector_size(4 * LANES)));
+typedef uint32_t BitPart   __attribute__((vector_size(4 * LANES)));
+typedef FloatPart LooseFloats __attribute__((aligned(4), may_alias));
+typedef IntPart   LooseInts   __attribute__((aligned(1), may_alias));
+typedef struct { FloatPart p[PARTS]; } f32v;
+typedef struct { IntPart p[PARTS]; } i32v;
+
+#define EACH_PART UNROLL for (int k = 0; k < PARTS; k++)
+
+INLINE f32v spread(float x) { f32v r; EACH_PART r.p[k] = x - (FloatPart){0}; return r; }
+INLINE i32v spread_int(int32_t x) { i32v r; EACH_PART r.p[k] = x - (IntPart){0}; return r; }
+INLINE f32v add(f32v a, f32v b) { EACH_PART a.p[k] += b.p[k]; return a; }
+INLINE f32v sub(f32v a, f32v b) { EACH_PART a.p[k] -= b.p[k]; return a; }
+INLINE f32v mul(f32v a, f32v b) { EACH_PART a.p[k] *= b.p[k]; return a; }
+INLINE f32v over(f32v a, f32v b) { EACH_PART a.p[k] /= b.p[k]; return a; }
+INLINE f32v as_float(i32v a) { f32v r; EACH_PART r.p[k] = (FloatPart)a.p[k]; return r; }
+INLINE i32v as_int(f32v a) { i32v r; EACH_PART r.p[k] = (IntPart)a.p[k]; return r; }
+
+// Where the mask has all bits a, where it has none b.
+INLINE f32v choose(i32v mask, f32v a, f32v b) {
+    EACH_PART a.p[k] = (FloatPart)(((IntPart)a.p[k] & mask.p[k]) | ((IntPart)b.p[k] & ~mask.p[k]));
+    return a;
+}
+
+INLINE i32v less(f32v a, f32v b) { i32v r; EACH_PART r.p[k] = a.p[k] < b.p[k]; return r; }
+INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
+
+INLINE f32v magnitude(f32v a) {
+    EACH_PART a.p[k] = (FloatPart)((IntPart)a.p[k] & 0x7fffffff);
+    return a;
+}
+
+INLINE f32v load_f32(const float *x) {
+    f32v r;
+    EACH_PART r.p[k] = *(const LooseFloats *)(x + k * LANES);
+    return r;
+}
+
+INLINE void store_f32(float *x, f32v v) { EACH_PART *(LooseFloats *)(x + k * LANES) = v.p[k]; }
+
+INLINE i32v load_line(const void *line) {
+    i32v r;
+    EACH_PART r.p[k] = *(const LooseInts *)((const char *)line + k * sizeof(IntPart));
+    return r;
+}
+
+INLINE float float_of_bits(uint32_t u) { float f; memcpy(&f, &u, sizeof f); return f; }
+INLINE uint32_t bits_of_float(float f) { uint32_t u; memcpy(&u, &f, sizeof u); return u; }
+
+// An IEEE half as a float, exactly.
+static float widen_half(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
+    if (rest >= 0x7c00)  // infinity; NaN made quiet
+        return float_of_bits(sign | 0x7f800000 | rest << 13 | (rest > 0x7c00 ? 0x400000 : 0));
+    if (rest < 0x400)    // zero or a multiple of 2^-24
+        return float_of_bits(sign | bits_of_float((float)rest * 0x1p-24f));
+    return float_of_bits(sign | ((rest << 13) + (112u << 23)));
+}
+
+// The nearest IEEE half, ties to even.
+static uint16_t narrow_half(float x) {
+    uint32_t u = bits_of_float(x), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
+    if (rest > 0x7f800000)
+        return (uint16_t)(sign | 0x7e00 | (rest >> 13 & 0x3ff));
+    if (rest >= 0x47800000)  // 65536 and above
+        return (uint16_t)(sign | 0x7c00);
+    if (rest < 0x38800000)   // below the smallest normal half: adding 0.5 rounds to units of 2^-24
+        return (uint16_t)(sign | (bits_of_float(float_of_bits(rest) + 0.5f) & 0x7ff));
+    return (uint16_t)(sign | (((rest + 0xfff + (rest >> 13 & 1)) >> 13) - (112u << 10)));
+}
+
+// The steps that differ between instruction sets, a register at a time:
+//   fused        a * b + c, rounded once
+//   wide_bf16    bf16 is the upper half of a float
+//   wide_f16, narrow_f16
+//   dot4         to each 32-bit lane of sum, the product of its 4 weights w (one line of a panel) and
+//                the 4 activations x: 16 rows at once. Weights of q8 are stored plus 128; they enter
+//                plus Q8_ZERO, the caller takes that off again, and byte_weights makes them so.
+#if defined STEPS_AVX512
+enum { Q8_ZERO = 128, Q_PANELS = 2, Q_TOKENS = 8, F_TOKENS = 6 };
+INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
+    return (FloatPart)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+INLINE FloatPart wide_bf16(const uint16_t *x) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)x));
+    return (FloatPart)_mm512_slli_epi32(wide, 16);
+}
+INLINE FloatPart wide_f16(const uint16_t *x) {
+    return (FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)x));
+}
+INLINE void narrow_f16(uint16_t *out, FloatPart x) {
+    _mm256_storeu_si256((__m256i *)(void *)out, _mm512_cvtps_ph((__m512)x, 0));
+}
+INLINE IntPart byte_weights(IntPart w) { return w; }
+INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
+    return (IntPart)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+}
+#elif defined STEPS_AVX2
+INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
+    return (FloatPart)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+INLINE FloatPart wide_bf16(const uint16_t *x) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)x));
+    return (FloatPart)_mm256_slli_epi32(wide, 16);
+}
+INLINE FloatPart wide_f16(const uint16_t *x) {
+    return (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)x));
+}
+INLINE void narrow_f16(uint16_t *out, FloatPart x) {
+    _mm_storeu_si128((__m128i *)(void *)out, _mm256_cvtps_ph((__m256)x, 0));
+}
+#if defined __AVXVNNI__
+enum { Q8_ZERO = 128, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 1 };
+INLINE IntPart byte_weights(IntPart w) { return w; }
+INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
+    return (IntPart)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+}
+#else
+enum { Q8_ZERO = 0, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 1 };
+INLINE IntPart byte_weights(IntPart w) { return w ^ (int32_t)0x80808080; }
+// vpmaddubsw adds pairs of unsigned by signed in 16 bits with saturation, so the weight gives its sign
+// to the activation: 2 * 128 * 127 just fits.
+INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
+    __m256i size = _mm256_abs_epi8((__m256i)w), turned = _mm256_sign_epi8((__m256i)x, (__m256i)w);
+    __m256i pairs = _mm256_maddubs_epi16(size, turned);
+    return sum + (IntPart)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#endif
+#elif defined STEPS_NEON
+enum { Q8_ZERO = 0, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 1 };
+INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
+    return (FloatPart)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+INLINE FloatPart wide_bf16(const uint16_t *x) {
+    return (FloatPart)vshll_n_u16(vld1_u16(x), 16);
+}
+INLINE FloatPart wide_f16(const uint16_t *x) {
+    return (FloatPart)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)));
+}
+INLINE void narrow_f16(uint16_t *out, FloatPart x) {
+    vst1_u16(out, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+}
+INLINE IntPart byte_weights(IntPart w) { return w ^ (int32_t)0x80808080; }
+INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
+#if defined __ARM_FEATURE_DOTPROD
+    return (IntPart)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
+#else
+    int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8((int8x16_t)x));
+    int16x8_t high = vmull_high_s8((int8x16_t)w, (int8x16_t)x);
+    return sum + (IntPart)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+#endif
+}
+#else
+enum { Q8_ZERO = 0, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 1 };
+INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
+    UNROLL for (int i = 0; i < LANES; i++)
+        c[i] = fmaf(a[i], b[i], c[i]);
+    return c;
+}
+INLINE FloatPart wide_bf16(const uint16_t *x) {
+    return (FloatPart)(BitPart){(uint32_t)x[0] << 16, (uint32_t)x[1] << 16,
+                                (uint32_t)x[2] << 16, (uint32_t)x[3] << 16};
+}
+INLINE FloatPart wide_f16(const uint16_t *x) {
+    return (FloatPart){widen_half(x[0]), widen_half(x[1]), widen_half(x[2]), widen_half(x[3])};
+}
+INLINE void narrow_f16(uint16_t *out, FloatPart x) {
+    UNROLL for (int i = 0; i < LANES; i++)
+        out[i] = narrow_half(x[i]);
+}
+INLINE IntPart byte_weights(IntPart w) { return w ^ (int32_t)0x80808080; }
+INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
+    UNROLL for (int byte = 0; byte < 32; byte += 8)  // shifts bring byte 0, 1, 2, 3 down, signed
+        sum += ((IntPart)((BitPart)w << (24 - byte)) >> 24)
+             * ((IntPart)((BitPart)x << (24 - byte)) >> 24);
+    return sum;
+}
+#endif
+
+INLINE f32v fma16(f32v a, f32v b, f32v c) {
+    EACH_PART c.p[k] = fused(a.p[k], b.p[k], c.p[k]);
+    return c;
+}
+
+INLINE f32v load_bf16(const uint16_t *x) {
+    f32v r;
+    EACH_PART r.p[k] = wide_bf16(x + k * LANES);
+    return r;
+}
+
+INLINE f32v load_f16(const uint16_t *x) {
+    f32v r;
+    EACH_PART r.p[k] = wide_f16(x + k * LANES);
+    return r;
+}
+
+INLINE void store_f16(uint16_t *x, f32v v) { EACH_PART narrow_f16(x + k * LANES, v.p[k]); }
+
+INLINE i32v dot4_line(i32v sum, i32v w, i32v x) {
+    EACH_PART sum.p[k] = dot4(sum.p[k], w.p[k], x.p[k]);
+    return sum;
+}
+
+// The one order in which 16 lanes become one number: lanes 8 apart, then 4, 2 and 1 apart.
+INLINE float join(f32v v) {
+    float x[WIDTH];
+    store_f32(x, v);
+    for (int apart = WIDTH / 2; apart; apart /= 2)
+        UNROLL for (int i = 0; i < apart; i++)
+            x[i] += x[i + apart];
+    return x[0];
+}
+
+// Four vectors joined, each as join does. On AVX-512 halves of two vectors are added as one, which
+// makes 4 joins cost 16 instructions (prompts of 1.1B bf16: 12 % faster than four joins).
+INLINE void join4(float *out, f32v a, f32v b, f32v c, f32v d) {
+#if defined STEPS_AVX512
+    __m512 A = (__m512)a.p[0], B = (__m512)b.p[0], C = (__m512)c.p[0], D = (__m512)d.p[0];
+    __m512 ab = _mm512_shuffle_f32x4(A, B, 0x44) + _mm512_shuffle_f32x4(A, B, 0xee);  // 8 apart
+    __m512 cd = _mm512_shuffle_f32x4(C, D, 0x44) + _mm512_shuffle_f32x4(C, D, 0xee);
+    __m512 s = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+    s += _mm512_shuffle_ps(s, s, 0x4e);
+    s += _mm512_shuffle_ps(s, s, 0xb1);
+    __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, s)));
+#else
+    out[0] = join(a), out[1] = join(b), out[2] = join(c), out[3] = join(d);
+#endif
+}
+
+// Adding ROUNDER to a float of less than 2^22 rounds it to a whole number, ties to even, which then
+// stands in the low bits of the sum.
+static const float ROUNDER = 0x1.8p23f;
+enum { ROUNDER_BITS = 0x4b400000 };
+
+// e^x to within 1 unit in the last place or so: x = n ln 2 + r, e^r by its series (|r| < 0.35, the
+// term r^8/8! is below 6e-9), 2^n into the exponent. Below -87 it gives 0, above 88 e^88.
+INLINE f32v exponential(f32v x) {
+    const f32v lowest = spread(-87.0f), highest = spread(88.0f);
+    i32v too_low = less(x, lowest);
+    x = choose(less(highest, x), highest, choose(too_low, lowest, x));
+    f32v shifted = fma16(x, spread(0x1.715476p+0f), spread(ROUNDER));
+    f32v n = sub(shifted, spread(ROUNDER));
+    f32v r = fma16(n, spread(-0x1.62e4p-1f), x);  // ln 2 in two parts, the first short enough
+    r = fma16(n, spread(-0x1.7f7d1cp-20f), r);    // that n times it is exact
+    static const float series[] = {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1.f, 1.f};
+    f32v e = spread(1 / 5040.f);
+    UNROLL for (int i = 0; i < COUNT(series); i++)
+        e = fma16(e, r, spread(series[i]));
+    i32v bits = as_int(e), power = as_int(shifted);
+    EACH_PART bits.p[k] += (IntPart)((BitPart)power.p[k] << 23);
+    return choose(too_low, spread(0), as_float(bits));
+}
+
+// A vector of which only the first n lanes are in memory; the others are 0.
+INLINE f32v load_some(const float *x, int n) {
+    float all[WIDTH] = {0};
+    memcpy(all, x, (size_t)n * sizeof *x);
+    return load_f32(all);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 6. Weights: the types, quantizing, and the one matmul
+//
+// Float matrices lie row after row. Quantized ones lie in panels of 16 rows, each row in groups of 32
+// columns that share a scale. A panel is its 64-byte lines, group after group, then the scales, f16
+// (groups, 16). A line is what one step of dot4 wants, 4 weights of each of the 16 rows:
+//
+//     byte of line i       0          1          2          3          4        ..  63
+//     q8 (8 lines a group) row 0                                       row 1        row 15
+//                          col 4i     col 4i+1   col 4i+2   col 4i+3   col 4i       col 4i+3
+//     q4 (4 lines)         low halves: col 8i + j, high halves: col 8i + 4 + j for byte j of a row
+//
+// q8 stores w/scale plus 128, q4 plus 8. Rows and columns that pad are zero, scales that pad are 0.
+
+enum { Q4_ZERO = 8 };
+static const uint32_t NIBBLES = 0x0f0f0f0f;
+
+// What goes into a product: n rows of cols numbers, and for quantized weights the same as integers:
+// each group of 32 as whole numbers of -127 to 127 times a scale.
+typedef struct {
+    float *x;        // (n, cols)
+    int8_t *q;       // (n, groups, GROUP)
+    float *scale;    // (n, groups)
+    int32_t *start;  // (n, groups): where a group's sum starts, see q_tile
+} Inputs;
+
+// The 4 activations of a line, for every row.
+INLINE i32v spread_bytes(const int8_t *q) {
+    int32_t four;
+    memcpy(&four, q, sizeof four);
+    return spread_int(four);
+}
+
+// 32 numbers as integers and a scale; returns the sum of the integers. The largest becomes 127.
+static int quantize_group(int8_t *q, float *scale, const float *x) {
+    f32v a = load_f32(x), b = load_f32(x + WIDTH);
+    float peaks[WIDTH], peak = 0;
+    store_f32(peaks, greater_of(magnitude(a), magnitude(b)));
+    for (int i = 0; i < WIDTH; i++)
+        peak = peaks[i] > peak ? peaks[i] : peak;
+    f32v inverse = spread(peak > 0 ? 127.0f / peak : 0);
+    i32v whole[2] = {as_int(add(mul(a, inverse), spread(ROUNDER))),
+                     as_int(add(mul(b, inverse), spread(ROUNDER)))};
+    int32_t bits[GROUP];
+    memcpy(bits, whole, sizeof bits);
+    int sum = 0;
+    for (int i = 0; i < GROUP; i++) {
+        q[i] = (int8_t)bits[i];
+        sum += q[i];
+    }
+    *scale = peak / 127.0f;
+    return sum;
+}
+
+// Row t of the inputs made ready for weights of this type.
+static void prepare(Inputs *in, int t, int cols, Type type) {
+    if (!is_quantized(type))
+        return;
+    const float *x = in->x + (size_t)t * (size_t)cols;
+    int groups = (int)group_count(cols), zero = type == Q8 ? Q8_ZERO : Q4_ZERO;
+    for (int g = 0; g < groups; g++) {
+        size_t at = (size_t)t * (size_t)groups + (size_t)g;
+        float padded[GROUP] = {0};
+        const float *group = x + g * GROUP;
+        if ((g + 1) * GROUP > cols)
+            group = memcpy(padded, group, (size_t)(cols - g * GROUP) * sizeof *x);
+        int sum = quantize_group(in->q + at * GROUP, &in->scale[at], group);
+        in->start[at] = ROUNDER_BITS - zero * sum;
+    }
+}
+
+// A line's weights for dot4. In q4 a line holds two: the low and the high halves of its bytes.
+INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
+    i32v w = load_line(lines + (size_t)(type == Q8 ? i : i / 2) * LINE);
+    UNROLL for (int p = 0; p < PARTS; p++) {
+        if (type == Q8)
+            w.p[p] = byte_weights(w.p[p]);
+        else
+            w.p[p] = (IntPart)(((BitPart)w.p[p] >> (i % 2 * 4)) & NIBBLES);
+    }
+    return w;
+}
+
+INLINE void store_some(float *out, f32v v, int n) {
+    float all[WIDTH];
+    if (n >= WIDTH) {
+        store_f32(out, v);
+    } else {
+        store_f32(all, v);
+        memcpy(out, all, (size_t)n * sizeof *out);
+    }
+}
+
+// P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer sum). Lanes are
+// rows, so nothing is ever added across lanes.
+//
+// A group's integer sum starts at ROUNDER_BITS less the zero point times the sum of its activations.
+// Read as a float the result is ROUNDER + sum, and s * (ROUNDER + sum) - s * ROUNDER, fused, is the
+// s * sum rounded once that a conversion and a product would give: 1 instruction for 2. It saves
+// 1 in 11 of the loop's instructions (prompts of 1.1B q8: 7 % faster).
+INLINE void q_tile(float *out, int rows, const Tensor *w, int panel, const Inputs *in, int t0,
+                   Type type, const int P, const int T) {
+    const int groups = (int)group_count(w->cols);
+    const size_t step = panel_bytes(type, w->cols), scales = line_bytes(type, w->cols);
+    const size_t lines = group_lines(type) * LINE;
+    const uint8_t *at = w->data + (size_t)panel * step, *ahead = at + (size_t)P * step;
+    const int8_t *q = in->q + (size_t)t0 * (size_t)groups * GROUP;
+    const float *scale = in->scale + (size_t)t0 * (size_t)groups;
+    const int32_t *start = in->start + (size_t)t0 * (size_t)groups;
+    f32v sum[Q_PANELS][Q_TOKENS];
+    UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int t = 0; t < T; t++)
+            sum[p][t] = spread(0);
+    for (int g = 0; g < groups; g++) {
+        if (T == Q_TOKENS)
+            __builtin_prefetch(ahead + ((size_t)(t0 / T) * (size_t)groups + (size_t)g) * LINE, 0, 2);
+        i32v whole[Q_PANELS][Q_TOKENS];
+        UNROLL for (int t = 0; t < T; t++)
+            UNROLL for (int p = 0; p < P; p++)
+                whole[p][t] = spread_int(start[t * groups + g]);
+        UNROLL for (int i = 0; i < 8; i++) {
+            i32v line[Q_PANELS];
+            UNROLL for (int p = 0; p < P; p++)
+                line[p] = weights_of_line(type, at + (size_t)p * step + (size_t)g * lines, i);
+            UNROLL for (int t = 0; t < T; t++) {
+                i32v x = spread_bytes(q + (size_t)(t * groups + g) * GROUP + 4 * i);
+                UNROLL for (int p = 0; p < P; p++)
+                    whole[p][t] = dot4_line(whole[p][t], line[p], x);
+            }
+        }
+        UNROLL for (int p = 0; p < P; p++) {
+            const uint8_t *half = at + (size_t)p * step + scales + (size_t)(g * PANEL) * 2;
+            f32v s = load_f16((const uint16_t *)(const void *)half);
+            f32v less_rounder = mul(s, spread(-ROUNDER));
+            UNROLL for (int t = 0; t < T; t++)
+                sum[p][t] = fma16(fma16(as_float(whole[p][t]), s, less_rounder),
+                                  spread(scale[t * groups + g]), sum[p][t]);
+        }
+    }
+    UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int t = 0; t < T; t++)
+            store_some(out + (size_t)(t0 + t) * (size_t)rows + (panel + p) * PANEL, sum[p][t],
+                       rows - (panel + p) * PANEL);
+}
+
+// All tokens against P panels, the widest tile first.
+INLINE void q_panels(float *out, const Tensor *w, int panel, const Inputs *in, int n, Type type,
+                     const int P) {
+    int t = 0;
+    for (; n - t >= Q_TOKENS; t += Q_TOKENS)
+        q_tile(out, w->rows, w, panel, in, t, type, P, Q_TOKENS);
+    for (; n - t >= 4; t += 4)
+        q_tile(out, w->rows, w, panel, in, t, type, P, 4);
+    for (; n - t >= 2; t += 2)
+        q_tile(out, w->rows, w, panel, in, t, type, P, 2);
+    for (; t < n; t++)
+        q_tile(out, w->rows, w, panel, in, t, type, P, 1);
+}
+
+// A matmul is cut into units of 32 rows; this one does a unit.
+enum { UNIT = 32 };
+typedef struct Scratch Scratch;
+typedef void Multiply(float *out, const Tensor *w, int unit, const Inputs *in, int n, Scratch *s);
+
+INLINE void q_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Type type) {
+    int panel = unit * (UNIT / PANEL), end = least(panel + UNIT / PANEL, (int)panel_count(w->rows));
+    for (; end - panel >= Q_PANELS; panel += Q_PANELS)
+        q_panels(out, w, panel, in, n, type, Q_PANELS);
+    for (; panel < end; panel++)
+        q_panels(out, w, panel, in, n, type, 1);
+}
+
+static void multiply_q8(float *out, const Tensor *w, int unit, const Inputs *in, int n,
+                        Scratch *s) {
+    (void)s;
+    q_unit(out, w, unit, in, n, Q8);
+}
+
+static void multiply_q4(float *out, const Tensor *w, int unit, const Inputs *in, int n,
+                        Scratch *s) {
+    (void)s;
+    q_unit(out, w, unit, in, n, Q4);
+}
+
+// Float weights. Lane i of a sum takes columns i, i + 16, ..., so that a row is read as it lies.
+
+INLINE f32v load_weights(Type type, const uint8_t *row, int i) {
+    const void *at = row + row_bytes(type, i);
+    return type == F32 ? load_f32(at) : type == BF16 ? load_bf16(at) : load_f16(at);
+}
+
+INLINE f32v load_some_weights(Type type, const uint8_t *row, int i, int n) {
+    uint8_t all[WIDTH * 4] = {0};
+    memcpy(all, row + row_bytes(type, i), row_bytes(type, n));
+    return load_weights(type, all, 0);
+}
+
+enum { F_ROWS = 4, COLUMNS = 1024 };
+
+// What a thread needs of its own to multiply many tokens by float weights: COLUMNS columns of a unit's
+// rows as f32 (the odd stride keeps rows out of each other's cache sets), and the sums so far.
+struct Scratch {
+    float w[UNIT][COLUMNS + WIDTH];
+    f32v *sums;  // (n, UNIT)
+};
+
+// sum[r][t] += row[r] * x[t] over cols columns; R rows by T tokens.
+INLINE void float_tile(f32v sum[][6], Type type, const uint8_t *const *row, const float *x,
+                       size_t stride, int cols, const int R, const int T) {
+    int i = 0;
+    for (; i + WIDTH <= cols; i += WIDTH) {
+        f32v w[2 * F_ROWS];
+        UNROLL for (int r = 0; r < R; r++)
+            w[r] = load_weights(type, row[r], i);
+        UNROLL for (int t = 0; t < T; t++) {
+            f32v v = load_f32(x + (size_t)t * stride + i);
+            UNROLL for (int r = 0; r < R; r++)
+                sum[r][t] = fma16(w[r], v, sum[r][t]);
+        }
+    }
+    if (i == cols)
+        return;
+    UNROLL for (int r = 0; r < R; r++) {
+        f32v w = load_some_weights(type, row[r], i, cols - i);
+        UNROLL for (int t = 0; t < T; t++)
+            sum[r][t] = fma16(w, load_some(x + (size_t)t * stride + i, cols - i), sum[r][t]);
+    }
+}
+
+// R rows from `first` on, straight from the file, by T tokens. Rows past the last repeat it and are
+// not stored.
+INLINE void direct_tile(float *out, const Tensor *w, int first, const float *x, Type type,
+                        const int R, const int T) {
+    const uint8_t *row[2 * F_ROWS];
+    f32v sum[2 * F_ROWS][6];
+    UNROLL for (int r = 0; r < R; r++) {
+        row[r] = w->data + (size_t)least(first + r, w->rows - 1) * row_bytes(type, w->cols);
+        UNROLL for (int t = 0; t < T; t++)
+            sum[r][t] = spread(0);
+    }
+    float_tile(sum, type, row, x, (size_t)w->cols, w->cols, R, T);
+    UNROLL for (int r = 0; r < R; r += F_ROWS)
+        UNROLL for (int t = 0; t < T; t++) {
+            float four[F_ROWS];
+            int there = least(F_ROWS, w->rows - first - r);
+            join4(four, sum[r][t], sum[r + 1][t], sum[r + 2][t], sum[r + 3][t]);
+            if (there > 0)
+                memcpy(out + (size_t)t * (size_t)w->rows + first + r, four, (size_t)there * 4);
+        }
+}
+
+// Few tokens: the weights are read once a tile and made floats on the way.
+INLINE void direct_unit(float *out, const Tensor *w, int first, int end, const float *x, int n,
+                        Type type) {
+    int t = 0;
+    size_t in = (size_t)w->cols, to = (size_t)w->rows;
+    for (; n - t >= 4 && F_TOKENS >= 4; t += 4)
+        for (int r = first; r < end; r += F_ROWS)
+            direct_tile(out + (size_t)t * to, w, r, x + (size_t)t * in, type, F_ROWS, 4);
+    for (; n - t >= 2 && F_TOKENS >= 2; t += 2)
+        for (int r = first; r < end; r += F_ROWS)
+            direct_tile(out + (size_t)t * to, w, r, x + (size_t)t * in, type, F_ROWS, 2);
+    for (; t < n; t++)
+        for (int r = first; r < end; r += 2 * F_ROWS)
+            direct_tile(out + (size_t)t * to, w, r, x + (size_t)t * in, type, 2 * F_ROWS, 1);
+}
+
+// F_ROWS rows of the scratch by T tokens; sums are taken up where the columns before left them.
+INLINE void scratch_tile(float *out, int rows, int there, Scratch *s, int r0, f32v *sums,
+                         const float *x, size_t stride, int cols, bool begins, bool ends,
+                         const int T) {
+    const uint8_t *row[F_ROWS];
+    f32v sum[F_ROWS][6];
+    UNROLL for (int r = 0; r < F_ROWS; r++) {
+        row[r] = (const uint8_t *)s->w[r0 + r];
+        UNROLL for (int t = 0; t < T; t++)
+            sum[r][t] = begins ? spread(0) : sums[t * UNIT + r];
+    }
+    float_tile(sum, F32, row, x, stride, cols, F_ROWS, T);
+    UNROLL for (int t = 0; t < T; t++) {
+        float four[F_ROWS];
+        if (ends) {
+            join4(four, sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
+            memcpy(out + (size_t)t * (size_t)rows, four, (size_t)there * sizeof *four);
+        } else {
+            UNROLL for (int r = 0; r < F_ROWS; r++)
+                sums[t * UNIT + r] = sum[r][t];
+        }
+    }
+}
+
+// The scratch's rows by all tokens, for columns c0 to c0 + cols.
+static void scratch_unit(float *out, const Tensor *w, int first, const float *x, int n, int c0,
+                         int cols, Scratch *s) {
+    int end = least(UNIT, w->rows - first);
+    bool begins = c0 == 0, ends = c0 + cols == w->cols;
+    size_t stride = (size_t)w->cols;
+    for (int t = 0, tokens; t < n; t += tokens) {
+        tokens = n - t >= F_TOKENS ? F_TOKENS : 1;
+        for (int r = 0; r < end; r += F_ROWS) {
+            float *to = out + (size_t)t * (size_t)w->rows + first + r;
+            const float *from = x + (size_t)t * stride + c0;
+            f32v *sums = s->sums + (size_t)t * UNIT + r;
+            int there = least(F_ROWS, end - r);
+            if (tokens == F_TOKENS)
+                scratch_tile(to, w->rows, there, s, r, sums, from, stride, cols, begins, ends,
+                             F_TOKENS);
+            else
+                scratch_tile(to, w->rows, there, s, r, sums, from, stride, cols, begins, ends, 1);
+        }
+    }
+}
+
+// Many tokens: a unit's rows are made floats once, COLUMNS at a time, so that they and the tokens'
+// share of x stay in the first two caches.
+INLINE void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Type type,
+                       Scratch *s) {
+    int first = unit * UNIT, end = least(first + UNIT, w->rows);
+    if (n < 2 * F_TOKENS) {
+        direct_unit(out, w, first, end, in->x, n, type);
+        return;
+    }
+    for (int c0 = 0; c0 < w->cols; c0 += COLUMNS) {
+        int cols = least(COLUMNS, w->cols - c0);
+        for (int r = 0; r < (end - first + F_ROWS - 1) / F_ROWS * F_ROWS; r++) {
+            const uint8_t *row = w->data
+                + (size_t)least(first + r, w->rows - 1) * row_bytes(type, w->cols);
+            int i = 0;
+            for (; i + WIDTH <= cols; i += WIDTH)
+                store_f32(s->w[r] + i, load_weights(type, row, c0 + i));
+            if (i < cols)
+                store_f32(s->w[r] + i, load_some_weights(type, row, c0 + i, cols - i));
+        }
+        scratch_unit(out, w, first, in->x, n, c0, cols, s);
+    }
+}
+
+static void multiply_f32(float *out, const Tensor *w, int unit, const Inputs *in, int n,
+                         Scratch *s) {
+    float_unit(out, w, unit, in, n, F32, s);
+}
+
+static void multiply_bf16(float *out, const Tensor *w, int unit, const Inputs *in, int n,
+                          Scratch *s) {
+    float_unit(out, w, unit, in, n, BF16, s);
+}
+
+static void multiply_f16(float *out, const Tensor *w, int unit, const Inputs *in, int n,
+                         Scratch *s) {
+    float_unit(out, w, unit, in, n, F16, s);
+}
+
+// One row as floats.
+static void unpack_float_row(float *out, const Tensor *w, int row) {
+    const uint8_t *at = w->data + (size_t)row * row_bytes(w->type, w->cols);
+    for (int i = 0; i < w->cols; i++) {
+        uint16_t half;
+        memcpy(&half, at + row_bytes(w->type, i), sizeof half);
+        out[i] = w->type == F32 ? read_f32(at + row_bytes(F32, i))
+               : w->type == BF16 ? float_of_bits((uint32_t)half << 16) : widen_half(half);
+    }
+}
+
+static void unpack_quantized_row(float *out, const Tensor *w, int row) {
+    const uint8_t *panel = w->data + (size_t)(row / PANEL) * panel_bytes(w->type, w->cols);
+    const uint8_t *scales = panel + line_bytes(w->type, w->cols);
+    for (int i = 0; i < w->cols; i++) {
+        int group = i / GROUP, in_group = i % GROUP, four = in_group / 4;
+        const uint8_t *lines = panel + (size_t)group * group_lines(w->type) * LINE;
+        int byte = lines[(w->type == Q8 ? four : four / 2) * LINE + row % PANEL * 4 + in_group % 4];
+        int value = w->type == Q8 ? byte - 128 : (byte >> (four % 2 * 4) & 15) - Q4_ZERO;
+        uint16_t half;
+        memcpy(&half, scales + (group * PANEL + row % PANEL) * 2, sizeof half);
+        out[i] = (float)value * widen_half(half);
+    }
+}
+
+// What a weight type is.
+static const struct {
+    const char *name;
+    Multiply *multiply;
+    void (*unpack)(float *out, const Tensor *w, int row);
+} types[TYPES] = {
+    [F32]  = {"f32",  multiply_f32,  unpack_float_row},
+    [BF16] = {"bf16", multiply_bf16, unpack_float_row},
+    [F16]  = {"f16",  multiply_f16,  unpack_float_row},
+    [Q8]   = {"q8",   multiply_q8,   unpack_quantized_row},
+    [Q4]   = {"q4",   multiply_q4,   unpack_quantized_row},
+};
+
+// out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products of the same inputs
+// are done as one job, for fewer meetings of the threads.
+typedef struct {
+    float *out;
+    const Tensor *w;
+} Product;
+
+typedef struct {
+    Product product[3];
+    int count;
+    const Inputs *in;
+    int n;
+    Scratch *scratch;  // (threads)
+} Matmul;
+
+static int unit_count(const Tensor *w) { return (int)((size_t)(w->rows + UNIT - 1) / UNIT); }
+
+static void matmul_units(void *job, int thread, int first, int end) {
+    const Matmul *m = job;
+    const Product *p = m->product;
+    int before = 0;
+    for (int i = first; i < end; i++) {
+        while (i - before >= unit_count(p->w))
+            before += unit_count(p++->w);
+        types[p->w->type].multiply(p->out, p->w, i - before, m->in, m->n, &m->scratch[thread]);
+    }
+}
+
+static void matmul(Pool *pool, Matmul *m) {
+    int units = 0;
+    for (int i = 0; i < m->count; i++)
+        units += unit_count(m->product[i].w);
+    parallel(pool, units, matmul_units, m);
+}
+
+// Packing: floats into panels.
+
+// Error of weights x (32 of them) as whole numbers of least to most times a scale; the whole numbers
+// go to q. The scale that suits these whole numbers best (sum xq / sum qq) goes to *better.
+static float round_group(float *q, const float *x, float scale, float lowest, float highest,
+                         float *better) {
+    f32v inverse = spread(scale != 0 ? 1 / scale : 0), s = spread(scale);
+    f32v error = spread(0), xq = spread(0), qq = spread(0);
+    for (int i = 0; i < GROUP; i += WIDTH) {
+        f32v v = load_f32(x + i), whole = mul(v, inverse);
+        whole = greater_of(whole, spread(lowest));
+        whole = choose(less(spread(highest), whole), spread(highest), whole);
+        whole = sub(add(whole, spread(ROUNDER)), spread(ROUNDER));
+        store_f32(q + i, whole);
+        f32v off = sub(v, mul(whole, s));
+        error = fma16(off, off, error);
+        xq = fma16(v, whole, xq);
+        qq = fma16(whole, whole, qq);
+    }
+    float squares = join(qq);
+    *better = squares > 0 ? join(xq) / squares : 0;
+    return join(error);
+}
+
+static float half_scale(float scale) { return widen_half(narrow_half(scale)); }
+
+// q8: the largest weight becomes 127.
+static float q8_scale(const float *x, float peak) {
+    (void)x;
+    return half_scale(peak / 127);
+}
+
+// q4: of the scales that put the largest weight between 4.5 and 9.5 steps from zero, on either side,
+// each improved by least squares, the one with the least error. Whole numbers are -8 to 7, so the
+// sign matters.
+static float q4_scale(const float *x, float peak) {
+    float best = half_scale(peak / 7), q[GROUP], better;
+    float least_error = round_group(q, x, best, -8, 7, &better);
+    for (int i = 0; i < 2 * 41; i++) {
+        float steps = 4.5f + (float)(i / 2) * 0.125f;
+        round_group(q, x, (i % 2 ? -peak : peak) / steps, -8, 7, &better);
+        float scale = half_scale(better), error = round_group(q, x, scale, -8, 7, &better);
+        if (error < least_error)
+            least_error = error, best = scale;
+    }
+    return best;
+}
+
+// One row of a panel, from floats padded with zeros to whole groups; returns the squared error.
+static double pack_row(uint8_t *panel, Type type, int row, const float *x, int cols) {
+    uint8_t *scales = panel + line_bytes(type, cols);
+    double error = 0;
+    for (int g = 0; g < (int)group_count(cols); g++) {
+        float q[GROUP], peak = 0, better;
+        const float *group = x + g * GROUP;
+        for (int i = 0; i < GROUP; i++)
+            peak = fabsf(group[i]) > peak ? fabsf(group[i]) : peak;
+        float scale = type == Q8 ? q8_scale(group, peak) : q4_scale(group, peak);
+        float most_steps = type == Q8 ? 127 : 7;
+        error += round_group(q, group, scale, type == Q8 ? -127 : -8, most_steps, &better);
+        uint16_t half = narrow_half(scale);
+        memcpy(scales + (g * PANEL + row) * 2, &half, sizeof half);
+        uint8_t *lines = panel + (size_t)g * group_lines(type) * LINE + row * 4;
+        for (int i = 0; i < GROUP; i++) {
+            if (type == Q8)
+                lines[i / 4 * LINE + i % 4] = (uint8_t)((int)q[i] + 128);
+            else
+                lines[i / 8 * LINE + i % 4] |= (uint8_t)(((int)q[i] + Q4_ZERO) << (i / 4 % 2 * 4));
+        }
+    }
+    return error;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 7. Attention: the cache of keys and values, and what queries make of it
+//
+// softmax(q k^T / sqrt(head_dim)) v, for each query head over the positions before it (Vaswani et al.
+// 2017, 3.2.1); n_heads / n_kv_heads query heads share a key/value head (Ainslie et al. 2023). The
+// positions are cut into blocks of BLOCK. Each block gives weights relative to its own largest score
+// and the mix of its values; blocks are merged in order (Milakov & Gimelshein 2018). Where a block
+// begins and ends depends on nothing but the position, so neither do the bits.
+
+enum { BLOCK = 256 };
+
+#if defined STEPS_AVX512
+enum { A_QUERIES = 8, A_SUMS = 16 };  // queries at once, and vectors of sums kept in registers
+#elif defined STEPS_NEON
+enum { A_QUERIES = 4, A_SUMS = 4 };
+#else
+enum { A_QUERIES = 4, A_SUMS = 4 };
+#endif
+
+// Keys and values of one key/value head in one layer of one sequence:
+//     keys    (context/16, head_pad, 16)   16 positions side by side: a score needs no joining
+//     values  (context, head_pad)
+// as f16 for quantized models and f32 otherwise; head_pad is head_dim rounded up to 16.
+typedef struct {
+    int context, head_dim, head_pad;
+    bool half;
+    char *keys, *values;
+    size_t head_bytes;  // of one head's keys, and as many of values
+} Cache;
+
+INLINE f32v load_cached(const void *from, size_t i, bool half) {
+    return half ? load_f16((const uint16_t *)from + i) : load_f32((const float *)from + i);
+}
+
+static void cache_key(const Cache *c, size_t head, int pos, const float *key) {
+    char *base = c->keys + head * c->head_bytes;
+    size_t at = (size_t)(pos / WIDTH) * (size_t)c->head_pad * WIDTH + (size_t)(pos % WIDTH);
+    for (int i = 0; i < c->head_dim; i++) {
+        if (c->half)
+            ((uint16_t *)(void *)base)[at + (size_t)i * WIDTH] = narrow_half(key[i]);
+        else
+            ((float *)(void *)base)[at + (size_t)i * WIDTH] = key[i];
+    }
+}
+
+static void cache_value(const Cache *c, size_t head, int pos, const float *value) {
+    char *base = c->values + head * c->head_bytes;
+    size_t at = (size_t)pos * (size_t)c->head_pad;
+    for (int i = 0; i < c->head_dim; i += WIDTH) {
+        f32v v = load_some(value + i, least(WIDTH, c->head_dim - i));
+        if (c->half)
+            store_f16((uint16_t *)(void *)base + at + i, v);
+        else
+            store_f32((float *)(void *)base + at + i, v);
+    }
+}
+
+// What a thread needs to work on a block.
+typedef struct {
+    float *q;           // (head_dim, queries)   scaled by 1/sqrt(head_dim)
+    float *weight;      // (queries, BLOCK)      scores, then e^(score - peak)
+    float *mix;         // (queries, head_pad)   values mixed by weight
+    float *keys;        // (BLOCK, head_pad) each: a block of an f16 cache as floats
+    float *values;
+    float peak[8];      // largest score
+    float total[8];     // sum of weights
+} Desk;
+
+// Scores of Q queries at V times 16 positions from vector v0 of the block on.
+INLINE void score_tile(Desk *d, const void *keys, int v0, int head_dim, int head_pad, bool half,
+                       const int Q, const int V) {
+    f32v sum[8][4];
+    UNROLL for (int j = 0; j < Q; j++)
+        UNROLL for (int v = 0; v < V; v++)
+            sum[j][v] = spread(0);
+    for (int i = 0; i < head_dim; i++) {
+        f32v k[4];
+        UNROLL for (int v = 0; v < V; v++)
+            k[v] = load_cached(keys, (size_t)((v0 + v) * head_pad + i) * WIDTH, half);
+        UNROLL for (int j = 0; j < Q; j++) {
+            f32v q = spread(d->q[i * Q + j]);
+            UNROLL for (int v = 0; v < V; v++)
+                sum[j][v] = fma16(q, k[v], sum[j][v]);
+        }
+    }
+    UNROLL for (int j = 0; j < Q; j++)
+        UNROLL for (int v = 0; v < V; v++)
+            store_f32(d->weight + j * BLOCK + (v0 + v) * WIDTH, sum[j][v]);
+}
+
+// V times 16 elements from i0 on of the values at positions first to end, mixed for Q queries.
+INLINE void mix_tile(Desk *d, const void *values, int i0, int first, int end, int head_pad,
+                     bool half, const int Q, const int V) {
+    f32v sum[8][4];
+    UNROLL for (int j = 0; j < Q; j++)
+        UNROLL for (int v = 0; v < V; v++)
+            sum[j][v] = spread(0);
+    for (int p = first; p < end; p++) {
+        f32v value[4];
+        UNROLL for (int v = 0; v < V; v++)
+            value[v] = load_cached(values, (size_t)(p * head_pad + i0 + v * WIDTH), half);
+        UNROLL for (int j = 0; j < Q; j++) {
+            f32v w = spread(d->weight[j * BLOCK + p]);
+            UNROLL for (int v = 0; v < V; v++)
+                sum[j][v] = fma16(w, value[v], sum[j][v]);
+        }
+    }
+    UNROLL for (int j = 0; j < Q; j++)
+        UNROLL for (int v = 0; v < V; v++)
+            store_f32(d->mix + j * head_pad + i0 + v * WIDTH, sum[j][v]);
+}
+
+static float exp_of(float x) {
+    float all[WIDTH];
+    store_f32(all, exponential(spread(x)));
+    return all[0];
+}
+
+// Scores of query j to weights. It sees positions first to end of the block; the vectors of scores
+// that the tile has cover v0 to v1. What it does not see gets weight 0.
+static void weigh(Desk *d, int j, int first, int end, int v0, int v1) {
+    float *w = d->weight + j * BLOCK;
+    for (int p = v0 * WIDTH; p < least(first, v1 * WIDTH); p++)
+        w[p] = -INFINITY;
+    for (int p = most(end, v0 * WIDTH); p < v1 * WIDTH; p++)
+        w[p] = -INFINITY;
+    f32v peaks = spread(-INFINITY), total = spread(0);
+    for (int v = v0; v < v1; v++)
+        peaks = greater_of(peaks, load_f32(w + v * WIDTH));
+    float all[WIDTH], peak = -INFINITY;
+    store_f32(all, peaks);
+    for (int i = 0; i < WIDTH; i++)
+        peak = all[i] > peak ? all[i] : peak;
+    f32v base = spread(first < end ? peak : 0);
+    for (int v = v0; v < v1; v++) {
+        f32v e = exponential(sub(load_f32(w + v * WIDTH), base));
+        store_f32(w + v * WIDTH, e);
+        total = add(total, e);
+    }
+    d->peak[j] = peak;
+    d->total[j] = join(total);
+}
+
+// One block for Q queries; query j sees positions first[j] to end[j] of it. Afterwards the desk holds
+// their peaks, totals and mixes.
+INLINE void answer_tile(Desk *d, const void *keys, const void *values, const int *first,
+                        const int *end, int head_dim, int head_pad, bool half, const int Q) {
+    const int V = A_SUMS / Q < 1 ? 1 : A_SUMS / Q > 4 ? 4 : A_SUMS / Q;
+    int low = BLOCK, high = 0;
+    for (int j = 0; j < Q; j++) {
+        low = least(low, first[j] < end[j] ? first[j] : BLOCK);
+        high = most(high, end[j]);
+    }
+    low = least(low, high);
+    int v0 = low / WIDTH, v1 = (high + WIDTH - 1) / WIDTH, v = v0;
+    for (; v + V <= v1; v += V)
+        score_tile(d, keys, v, head_dim, head_pad, half, Q, V);
+    for (; v < v1; v++)
+        score_tile(d, keys, v, head_dim, head_pad, half, Q, 1);
+    for (int j = 0; j < Q; j++)
+        weigh(d, j, first[j], end[j], v0, v1);
+    int i = 0;
+    for (; i + V * WIDTH <= head_pad; i += V * WIDTH)
+        mix_tile(d, values, i, low, high, head_pad, half, Q, V);
+    for (; i < head_pad; i += WIDTH)
+        mix_tile(d, values, i, low, high, head_pad, half, Q, 1);
+}
+
+// The same, for a number of queries and a type of cache known only now.
+static void answer(Desk *d, const void *keys, const void *values, const int *first,
+                   const int *end, const Cache *c, bool half, int queries) {
+    int dim = c->head_dim, pad = c->head_pad;
+    switch (queries * 2 + half) {
+    case 2:  answer_tile(d, keys, values, first, end, dim, pad, false, 1); break;
+    case 3:  answer_tile(d, keys, values, first, end, dim, pad, true, 1);  break;
+    case 4:  answer_tile(d, keys, values, first, end, dim, pad, false, 2); break;
+    case 5:  answer_tile(d, keys, values, first, end, dim, pad, true, 2);  break;
+    case 8:  answer_tile(d, keys, values, first, end, dim, pad, false, 4); break;
+    case 9:  answer_tile(d, keys, values, first, end, dim, pad, true, 4);  break;
+    case 16: answer_tile(d, keys, values, first, end, dim, pad, false, 8); break;
+    case 17: answer_tile(d, keys, values, first, end, dim, pad, true, 8);  break;
+    default: assert(!"1, 2, 4 or 8 queries");
+    }
+}
+
+// What a query has gathered so far; the mix of values is relative to the peak. Nothing: total 0.
+typedef struct {
+    float *peak, *total;
+    float *mix;  // (head_dim)
+} Answer;
+
+// b comes after a and is added to it.
+static void merge(Answer *a, const Answer *b, int head_dim) {
+    if (*b->total == 0)
+        return;
+    bool first = *a->total == 0;
+    float peak = !first && *a->peak > *b->peak ? *a->peak : *b->peak;
+    float mine = first ? 0 : exp_of(*a->peak - peak), other = exp_of(*b->peak - peak);
+    for (int i = 0; i < head_dim; i++)
+        a->mix[i] = (first ? 0 : a->mix[i] * mine) + b->mix[i] * other;
+    *a->total = (first ? 0 : *a->total * mine) + *b->total * other;
+    *a->peak = peak;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 8. The transformer: tokens become hidden states, hidden states become logits
+
+// A token on its way through the layers. Sequences in different slots do not see each other.
+typedef struct { int id, slot, pos; } Step;
+
+// A run of steps that are neighbours in one sequence; their attention is done together.
+typedef struct { int first, n; } Run;
+
+typedef struct {
+    const Model *model;
+    Pool *pool;
+    int batch;            // steps that go through the layers together, at most
+    int context;          // positions a slot has room for
+    int slots;
+    int logit_rows;       // steps whose logits are kept at once
+    float *x;             // (batch, dim)           the residual stream
+    Inputs in;            // (batch, widest)        what the next product multiplies
+    float *h1, *h2;       // (batch, widest)        inside the feed-forward block
+    float *q, *k, *v;     // (batch, heads * head_dim): queries in h1's room, keys and values in h2's
+    float *branch;        // (batch, dim)           what a block adds to x
+    double *frequency;    // (head_dim/2)           angle of each RoPE pair per position
+    float *angles;        // (batch, 2, head_dim/2) cosines and sines
+    Cache cache;          // (slots, layers, kv_heads)
+    Run *runs;            // (batch)
+    int split;            // so few steps have their attention split by blocks
+    float *answers;       // (batch, heads) or (split, blocks, heads) records of attention
+    float *logits;        // (logit_rows, vocab)
+    Scratch *scratch;     // (threads)
+    Desk *desks;          // (threads)
+    Arena arena;
+} State;
+
+// The widest row that any product takes or gives, but for the logits.
+static int widest(const Config *c) {
+    return most(most(c->dim, c->hidden_dim), most(q_dim(c), 2 * kv_dim(c)));
+}
+
+static void lay_out_cache(Cache *k, Arena *a, const Config *c, int context, int n_slots) {
+    k->head_dim = c->head_dim;
+    k->head_pad = (int)round_up((size_t)c->head_dim, WIDTH);
+    k->context = (int)round_up((size_t)context, BLOCK);
+    k->half = is_quantized(c->type);
+    k->head_bytes = (size_t)k->context * (size_t)k->head_pad * (k->half ? 2 : 4);
+    size_t heads = (size_t)n_slots * (size_t)c->n_layers * (size_t)c->n_kv_heads;
+    k->keys = deal(a, heads, k->head_bytes);
+    k->values = deal(a, heads, k->head_bytes);
+}
+
+static void lay_out_threads(State *s, Arena *a, int threads) {
+    size_t batch = (size_t)s->batch, pad = (size_t)s->cache.head_pad;
+    bool floats = !is_quantized(s->model->config.type);
+    s->desks = DEAL(a, Desk, (size_t)threads);
+    s->scratch = DEAL(a, Scratch, floats ? (size_t)threads : 0);
+    for (int i = 0; i < threads; i++) {
+        Desk d = {
+            .q = DEAL(a, float, 8 * pad),        .weight = DEAL(a, float, 8 * BLOCK),
+            .mix = DEAL(a, float, 8 * pad),      .keys = DEAL(a, float, BLOCK * pad),
+            .values = DEAL(a, float, BLOCK * pad),
+        };
+        f32v *sums = floats ? DEAL(a, f32v, batch * UNIT) : NULL;
+        if (a->at)
+            s->desks[i] = d;
+        if (a->at && floats)
+            s->scratch[i].sums = sums;
+    }
+}
+
+// Every array of the state, once to add up the sizes and once to deal them out.
+static void lay_out(State *s, Arena *a, int threads) {
+    const Config *c = &s->model->config;
+    size_t batch = (size_t)s->batch, wide = (size_t)widest(c), groups = group_count((int)wide);
+    bool quantized = is_quantized(c->type);
+    size_t blocks = round_up((size_t)s->context, BLOCK) / BLOCK;
+    s->x = DEAL(a, float, batch * (size_t)c->dim);
+    s->in.x = DEAL(a, float, batch * wide);
+    s->in.q = DEAL(a, int8_t, quantized ? batch * groups * GROUP : 0);
+    s->in.scale = DEAL(a, float, quantized ? batch * groups : 0);
+    s->in.start = DEAL(a, int32_t, quantized ? batch * groups : 0);
+    s->q = s->h1 = DEAL(a, float, batch * wide);
+    s->k = s->h2 = DEAL(a, float, batch * wide);
+    s->v = a->at ? s->k + batch * (size_t)kv_dim(c) : NULL;
+    s->branch = DEAL(a, float, batch * (size_t)c->dim);
+    s->frequency = DEAL(a, double, (size_t)c->head_dim / 2);
+    s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
+    s->runs = DEAL(a, Run, batch);
+    s->logits = DEAL(a, float, (size_t)s->logit_rows * (size_t)c->vocab_size);
+    lay_out_cache(&s->cache, a, c, s->context, s->slots);
+    size_t records = batch > (size_t)s->split * blocks ? batch : (size_t)s->split * blocks;
+    s->answers = DEAL(a, float, records * (size_t)c->n_heads * (size_t)(s->cache.head_pad + 2));
+    lay_out_threads(s, a, threads);
+}
+
+// Angle per position of RoPE pair i: theta^(-2i / head_dim) (Su et al. 2021, 3.4.2), slowed down for
+// contexts longer than trained on: all of them by a factor, or as Llama 3.1 does, only those whose
+// wave is long against the original context, with a ramp between the two.
+static double rope_frequency(const Config *c, int i) {
+    double f = pow((double)c->rope_theta, -2.0 * i / c->head_dim);
+    if (c->scaling == LINEAR)
+        return f / (double)c->factor;
+    if (c->scaling == NO_SCALING)
+        return f;
+    double waves = c->original_context * f / (2 * 3.14159265358979323846);
+    double low = (double)c->low_freq_factor, high = (double)c->high_freq_factor;
+    double keep = waves < low ? 0 : waves > high ? 1 : (waves - low) / (high - low);
+    return keep * f + (1 - keep) * f / (double)c->factor;
+}
+
+// Steps at once: enough that weights read once serve many, in about 12 MB of rows.
+static int default_batch(const Config *c) {
+    size_t row = sizeof(float) * ((size_t)widest(c) * 3 + 2 * (size_t)c->dim);
+    size_t fit = (12u << 20) / row / 24 * 24;
+    return fit < 48 ? 48 : fit > 480 ? 480 : (int)fit;
+}
+
+typedef struct { int context, slots, logit_rows, batch; } Room;
+
+static void set_room(State *s, const Model *m, Pool *pool, Room room) {
+    *s = (State){.model = m, .pool = pool, .batch = room.batch, .context = room.context,
+                 .slots = room.slots, .logit_rows = room.logit_rows};
+    s->split = most(1, least(room.batch, 2 * pool->threads / m->config.n_kv_heads));
+}
+
+// Bytes that a state of this size may come to touch.
+static size_t state_bytes(const Model *m, Pool *pool, Room room) {
+    State s;
+    Arena a = {0};
+    set_room(&s, m, pool, room);
+    lay_out(&s, &a, pool->threads);
+    return a.used;
+}
+
+static void open_state(State *s, const Model *m, Pool *pool, Room room) {
+    Arena a = open_arena(state_bytes(m, pool, room), "a smaller context (-c) needs less");
+    set_room(s, m, pool, room);
+    lay_out(s, &a, pool->threads);
+    s->arena = a;
+    for (int i = 0; i < m->config.head_dim / 2; i++)
+        s->frequency[i] = rope_frequency(&m->config, i);
+}
+
+static void close_state(State *s) { close_arena(&s->arena); }
+
+// The steps of a layer work on rows of the batch, one row a token. Many rows are shared out among the
+// threads, a few are done at once by the caller.
+typedef struct {
+    State *s;
+    const Step *steps;
+    int l, n;
+    const Tensor *norm;
+} Rows;
+
+static void each_row(Rows *r, Work *work) {
+    enum { FEW = 8 };
+    if (r->n <= FEW)
+        work(r, 0, 0, r->n);
+    else
+        parallel(r->s->pool, r->n, work, r);
+}
+
+// out = x / rms(x) * weight, rms(x) = sqrt(mean of squares + eps) (Zhang & Sennrich 2019).
+static void rmsnorm(float *out, const float *x, const float *weight, int n, float eps) {
+    f32v squares = spread(0);
+    int whole = n / WIDTH * WIDTH;
+    for (int i = 0; i < whole; i += WIDTH)
+        squares = fma16(load_f32(x + i), load_f32(x + i), squares);
+    f32v rest = load_some(x + whole, n - whole);
+    squares = fma16(rest, rest, squares);
+    float scale = 1 / sqrtf(join(squares) / (float)n + eps);
+    for (int i = 0; i < n; i++)
+        out[i] = x[i] * scale * weight[i];
+}
+
+static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
+
+// in = norm(x)
+static void norm_rows(void *job, int thread, int first, int end) {
+    (void)thread;
+    const Rows *r = job;
+    State *s = r->s;
+    const Config *c = &s->model->config;
+    for (int t = first; t < end; t++) {
+        size_t at = (size_t)t * (size_t)c->dim;
+        rmsnorm(s->in.x + at, s->x + at, vector(r->norm), c->dim, c->norm_eps);
+        prepare(&s->in, t, c->dim, c->type);
+    }
+}
+
+// x += branch
+static void add_rows(void *job, int thread, int first, int end) {
+    (void)thread;
+    State *s = ((Rows *)job)->s;
+    size_t dim = (size_t)s->model->config.dim;
+    for (size_t i = (size_t)first * dim; i < (size_t)end * dim; i++)
+        s->x[i] += s->branch[i];
+}
+
+// in = silu(h1) * h2, silu(x) = x / (1 + e^-x) (Shazeer 2020).
+static void swiglu_rows(void *job, int thread, int first, int end) {
+    (void)thread;
+    State *s = ((Rows *)job)->s;
+    const Config *c = &s->model->config;
+    for (int t = first; t < end; t++) {
+        size_t at = (size_t)t * (size_t)c->hidden_dim;
+        for (int i = 0; i < c->hidden_dim; i += WIDTH) {
+            int n = least(WIDTH, c->hidden_dim - i);
+            f32v gate = n == WIDTH ? load_f32(s->h1 + at + i) : load_some(s->h1 + at + i, n);
+            f32v up = n == WIDTH ? load_f32(s->h2 + at + i) : load_some(s->h2 + at + i, n);
+            f32v falling = exponential(sub(spread(0), gate));
+            store_some(s->in.x + at + i, mul(over(gate, add(spread(1), falling)), up), n);
+        }
+        prepare(&s->in, t, c->hidden_dim, c->type);
+    }
+}
+
+// Turn each pair of a head by its angle: (a, b) becomes (a cos - b sin, a sin + b cos). A query and a
+// key turned so meet in a product that depends only on how far apart they are.
+static void rotate(float *head, const float *angles, const Config *c) {
+    int pairs = c->head_dim / 2, step = c->neighbours ? 2 : 1, apart = c->neighbours ? 1 : pairs;
+    for (int i = 0; i < pairs; i++) {
+        float *a = head + i * step, *b = a + apart;
+        float cosine = angles[i], sine = angles[pairs + i];
+        float turned = *a * cosine - *b * sine;
+        *b = *a * sine + *b * cosine;
+        *a = turned;
+    }
+}
+
+static void add_bias(float *x, const Tensor *bias) {
+    for (int i = 0; i < bias->cols && bias->rows; i++)
+        x[i] += vector(bias)[i];
+}
+
+// Queries and keys of a token turned to its position, keys and values into the cache.
+static void place_rows(void *job, int thread, int first, int end) {
+    (void)thread;
+    const Rows *r = job;
+    State *s = r->s;
+    const Config *c = &s->model->config;
+    const Layer *w = &s->model->layers[r->l];
+    for (int t = first; t < end; t++) {
+        const float *angles = s->angles + (size_t)t * (size_t)c->head_dim;
+        float *q = s->q + (size_t)t * (size_t)q_dim(c);
+        float *k = s->k + (size_t)t * (size_t)kv_dim(c), *v = s->v + (size_t)t * (size_t)kv_dim(c);
+        add_bias(q, &w->bq);
+        add_bias(k, &w->bk);
+        add_bias(v, &w->bv);
+        for (int h = 0; h < c->n_heads; h++, q += c->head_dim) {
+            if (c->head_norms)
+                rmsnorm(q, q, vector(&w->q_norm), c->head_dim, c->norm_eps);
+            rotate(q, angles, c);
+        }
+        size_t head = ((size_t)r->steps[t].slot * (size_t)c->n_layers + (size_t)r->l)
+                      * (size_t)c->n_kv_heads;
+        for (int h = 0; h < c->n_kv_heads; h++, k += c->head_dim, v += c->head_dim, head++) {
+            if (c->head_norms)
+                rmsnorm(k, k, vector(&w->k_norm), c->head_dim, c->norm_eps);
+            rotate(k, angles, c);
+            cache_key(&s->cache, head, r->steps[t].pos, k);
+            cache_value(&s->cache, head, r->steps[t].pos, v);
+        }
+    }
+}
+
+static void angle_rows(void *job, int thread, int first, int end) {
+    (void)thread;
+    const Rows *r = job;
+    State *s = r->s;
+    int pairs = s->model->config.head_dim / 2;
+    for (int t = first; t < end; t++) {
+        float *angles = s->angles + (size_t)t * (size_t)pairs * 2;
+        for (int i = 0; i < pairs; i++) {
+            double angle = r->steps[t].pos * s->frequency[i];
+            angles[i] = (float)cos(angle);
+            angles[pairs + i] = (float)sin(angle);
+        }
+    }
+}
+
+static void embed_rows(void *job, int thread, int first, int end) {
+    (void)thread;
+    const Rows *r = job;
+    const Tensor *w = &r->s->model->embedding;
+    for (int t = first; t < end; t++)
+        types[w->type].unpack(r->s->x + (size_t)t * (size_t)w->cols, w, r->steps[t].id);
+}
+
+// Attention, cut into items: a run of steps times a key/value head, and for a few steps also times a
+// block, so that a long context of one token can be shared out.
+typedef struct {
+    Rows rows;
+    int runs;
+    int parts;  // an answer is gathered from: 1, or one for each block
+} Attention;
+
+// What step t's head has gathered in a part: peak, total and mix lie side by side.
+static Answer answer_at(const Attention *a, int t, int part, int head) {
+    const State *s = a->rows.s;
+    size_t heads = (size_t)s->model->config.n_heads;
+    size_t at = ((size_t)t * (size_t)a->parts + (size_t)part) * heads + (size_t)head;
+    float *record = s->answers + at * (size_t)(s->cache.head_pad + 2);
+    return (Answer){record, record + 1, record + 2};
+}
+
+// The first position that step t sees.
+static int first_seen(const Rows *r, int t) {
+    int window = r->s->model->config.window;
+    return window ? most(0, r->steps[t].pos - window + 1) : 0;
+}
+
+// Queries side by side on the desk, scaled: heads of one key/value head, step after step.
+static void gather_queries(Desk *d, const Rows *r, int t0, int kv_head, int j0, int queries) {
+    const Config *c = &r->s->model->config;
+    int group = c->n_heads / c->n_kv_heads;
+    float scale = 1 / sqrtf((float)c->head_dim);
+    for (int j = 0; j < queries; j++) {
+        size_t row = (size_t)(t0 + (j0 + j) / group);
+        int head = kv_head * group + (j0 + j) % group;
+        const float *q = r->s->q + row * (size_t)q_dim(c) + (size_t)head * (size_t)c->head_dim;
+        for (int i = 0; i < c->head_dim; i++)
+            d->q[i * queries + j] = q[i] * scale;
+    }
+}
+
+// The block's answers for all queries of a run and a key/value head go to their records.
+static void attend_block(const Attention *a, Desk *d, Run run, int kv_head, int block,
+                         const void *keys, const void *values, bool half) {
+    const Rows *r = &a->rows;
+    const Config *c = &r->s->model->config;
+    int group = c->n_heads / c->n_kv_heads, all = run.n * group;
+    for (int j0 = 0, queries; j0 < all; j0 += queries) {
+        int first[8], end[8], left = all - j0;
+        queries = left >= A_QUERIES ? A_QUERIES : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        for (int j = 0; j < queries; j++) {
+            int t = run.first + (j0 + j) / group;
+            first[j] = most(0, first_seen(r, t) - block * BLOCK);
+            end[j] = most(0, least(r->steps[t].pos + 1 - block * BLOCK, BLOCK));
+        }
+        gather_queries(d, r, run.first, kv_head, j0, queries);
+        answer(d, keys, values, first, end, &r->s->cache, half, queries);
+        for (int j = 0; j < queries; j++) {
+            int t = run.first + (j0 + j) / group, head = kv_head * group + (j0 + j) % group;
+            Answer gathered = answer_at(a, t, a->parts > 1 ? block : 0, head);
+            Answer new = {&d->peak[j], &d->total[j], d->mix + j * r->s->cache.head_pad};
+            merge(&gathered, &new, c->head_dim);
+        }
+    }
+}
+
+// n vectors of an f16 cache as floats.
+static void widen(float *out, const void *halves, int n) {
+    for (int i = 0; i < n * WIDTH; i += WIDTH)
+        store_f32(out + i, load_f16((const uint16_t *)halves + i));
+}
+
+// A block of the cache for all queries of a run; for many queries an f16 cache is made floats first.
+static void visit_block(const Attention *a, Desk *d, Run run, int kv_head, int block) {
+    const State *s = a->rows.s;
+    const Config *c = &s->model->config;
+    const Cache *cache = &s->cache;
+    const Step *last = &a->rows.steps[run.first + run.n - 1];
+    size_t head = ((size_t)last->slot * (size_t)c->n_layers + (size_t)a->rows.l)
+                  * (size_t)c->n_kv_heads + (size_t)kv_head;
+    size_t at = head * cache->head_bytes
+              + (size_t)block * BLOCK * (size_t)cache->head_pad * (cache->half ? 2 : 4);
+    const char *keys = cache->keys + at, *values = cache->values + at;
+    bool widened = cache->half && run.n * (c->n_heads / c->n_kv_heads) >= 4 * A_QUERIES;
+    if (widened) {
+        int seen = (int)round_up((size_t)least(BLOCK, last->pos + 1 - block * BLOCK), WIDTH);
+        widen(d->keys, keys, seen * cache->head_pad / WIDTH);
+        widen(d->values, values, seen * cache->head_pad / WIDTH);
+        attend_block(a, d, run, kv_head, block, d->keys, d->values, false);
+    } else {
+        attend_block(a, d, run, kv_head, block, keys, values, cache->half);
+    }
+}
+
+static void attend_items(void *job, int thread, int first, int end) {
+    const Attention *a = job;
+    const Rows *r = &a->rows;
+    const Config *c = &r->s->model->config;
+    int group = c->n_heads / c->n_kv_heads;
+    for (int i = first; i < end; i++) {
+        Run run = r->s->runs[i / a->parts / c->n_kv_heads];
+        int kv_head = i / a->parts % c->n_kv_heads, part = i % a->parts;
+        for (int j = 0; j < run.n * group; j++)
+            *answer_at(a, run.first + j / group, part, kv_head * group + j % group).total = 0;
+        int from = first_seen(r, run.first) / BLOCK;
+        int last = r->steps[run.first + run.n - 1].pos / BLOCK;
+        for (int block = from; block <= last; block++)
+            if (a->parts == 1 || block == part)
+                visit_block(a, &r->s->desks[thread], run, kv_head, block);
+    }
+}
+
+// in = the answers: parts merged in order, mixes divided by their totals
+static void finish_rows(void *job, int thread, int first, int end) {
+    (void)thread;
+    const Attention *a = job;
+    State *s = a->rows.s;
+    const Config *c = &s->model->config;
+    for (int t = first; t < end; t++) {
+        float *out = s->in.x + (size_t)t * (size_t)q_dim(c);
+        for (int h = 0; h < c->n_heads; h++, out += c->head_dim) {
+            Answer whole = answer_at(a, t, 0, h);
+            for (int part = 1; part < a->parts; part++) {
+                Answer next = answer_at(a, t, part, h);
+                merge(&whole, &next, c->head_dim);
+            }
+            float share = 1 / *whole.total;
+            for (int i = 0; i < c->head_dim; i++)
+                out[i] = whole.mix[i] * share;
+        }
+        prepare(&s->in, t, q_dim(c), c->type);
+    }
+}
+
+// Neighbours in one sequence, so few that a prompt still makes enough items for every thread.
+static int find_runs(const Rows *r) {
+    const Config *c = &r->s->model->config;
+    int longest = most(1, 128 * c->n_kv_heads / c->n_heads), runs = 0;
+    for (int t = 0; t < r->n; t++) {
+        Run *run = &r->s->runs[runs - 1];
+        const Step *step = &r->steps[t], *before = step - 1;
+        if (t && run->n < longest && step->slot == before->slot && step->pos == before->pos + 1)
+            run->n++;
+        else
+            r->s->runs[runs++] = (Run){t, 1};
+    }
+    return runs;
+}
+
+// in = attention of the queries over the cache
+static void attend(const Rows *r) {
+    const Config *c = &r->s->model->config;
+    int deepest = 0;
+    int64_t positions = 0;
+    for (int t = 0; t < r->n; t++) {
+        deepest = most(deepest, r->steps[t].pos);
+        positions += r->steps[t].pos + 1 - first_seen(r, t);
+    }
+    Attention a = {*r, find_runs(r), r->n <= r->s->split ? deepest / BLOCK + 1 : 1};
+    int items = a.runs * c->n_kv_heads * a.parts;
+    enum { WORTH_SHARING = 1 << 15 };  // multiply-adds, about as long as a meeting of the threads
+    if (positions * q_dim(c) < WORTH_SHARING)
+        attend_items(&a, 0, 0, items);
+    else
+        parallel(r->s->pool, items, attend_items, &a);
+    each_row(&a.rows, finish_rows);
+}
+
+static void norm_in(Rows *r, const Tensor *weight) {
+    r->norm = weight;
+    each_row(r, norm_rows);
+}
+
+static void multiply(const Rows *r, Matmul m) {
+    m.in = &r->s->in, m.n = r->n, m.scratch = r->s->scratch;
+    matmul(r->s->pool, &m);
+}
+
+static void attention_block(Rows *r) {
+    State *s = r->s;
+    const Layer *w = &s->model->layers[r->l];
+    norm_in(r, &w->attention_norm);
+    multiply(r, (Matmul){{{s->q, &w->wq}, {s->k, &w->wk}, {s->v, &w->wv}}, .count = 3});
+    each_row(r, place_rows);
+    attend(r);
+    multiply(r, (Matmul){{{s->branch, &w->wo}}, .count = 1});
+    each_row(r, add_rows);
+}
+
+static void feed_forward_block(Rows *r) {
+    State *s = r->s;
+    const Layer *w = &s->model->layers[r->l];
+    norm_in(r, &w->ffn_norm);
+    multiply(r, (Matmul){{{s->h1, &w->w1}, {s->h2, &w->w3}}, .count = 2});
+    each_row(r, swiglu_rows);
+    multiply(r, (Matmul){{{s->branch, &w->w2}}, .count = 1});
+    each_row(r, add_rows);
+}
+
+// n <= batch steps go through the layers. Afterwards the cache holds them and x their hidden states.
+static void forward(State *s, const Step *steps, int n) {
+    Rows r = {.s = s, .steps = steps, .n = n};
+    assert(n >= 1 && n <= s->batch);
+    each_row(&r, embed_rows);
+    each_row(&r, angle_rows);
+    for (r.l = 0; r.l < s->model->config.n_layers; r.l++) {
+        attention_block(&r);
+        feed_forward_block(&r);
+    }
+}
+
+// (n, vocab) scores of the tokens that may follow steps first to first + n of the last forward().
+static float *logits(State *s, int first, int n) {
+    const Config *c = &s->model->config;
+    assert(n >= 1 && n <= s->logit_rows);
+    State from = *s;  // a view of which row `first` is the first
+    from.x = s->x + (size_t)first * (size_t)c->dim;
+    Rows r = {.s = &from, .n = n};
+    norm_in(&r, &s->model->final_norm);
+    multiply(&r, (Matmul){{{s->logits, &s->model->classifier}}, .count = 1});
+    return s->logits;
+}
+
+// ----------------------------------------------------------------------------
+// 7. The tokenizer: text to ids and back
+//
+// Text is taken as symbols: characters in SentencePiece's family; bytes in the byte-level family,
+// where a rule has cut the text into words before. Neighbours are joined, the best pair first.
+
+enum { SENTENCEPIECE, BYTE_LEVEL };                                           // kinds
+enum { ADDS_BOS = 1, DUMMY_PREFIX = 2, TAKES_WHOLE = 4, NFC = 8 };            // flags
+enum { NO_RULE, LLAMA3_RULE, QWEN2_RULE, GPT2_RULE, SMOLLM_RULE };            // split rules
+enum { MERGES, CLASSES, MARKS, COMPOSITIONS, ARRAYS };                        // of numbers
+enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };            // types of tokens
+enum { OTHER, LETTER, NUMBER, WHITE, END };                                   // of characters
+
+enum {
+    UNICODE = 0x110000,          // codes end here; behind them is one, of class OTHER,
+    CODES = UNICODE + 256,       // for each byte that is in no character
+    DEEPEST_COMPOSITION = 8,     // Unicode needs 3
+    LONGEST_USER_DEFINED = 255,
+    MOST_ENDS = 16,
+    MOST_PROBES = 512,           // so no file makes a lookup slow; honest ones need fewer than 100
+    WORDS = 4096,                // remembered while encoding
+};
+
+static const uint32_t NEVER_COMPOSED = 1u << 31;  // a mark on the whole of a composition
+
+typedef struct {                // how the file begins
+    char magic[8];
+    uint32_t version, kind, n_tokens, flags, rule, chat;
+    int32_t bos, unknown;       // ids, -1: none
+    uint32_t n_ends;
+    int32_t ends[MOST_ENDS];    // ids that end a text
+    uint32_t rows[ARRAYS];
+    uint8_t zero[124];
+    uint64_t size;              // of the file
+} TokenizerHeader;
+
+typedef struct {
+    uint32_t at, length;        // its bytes in the file; of a BYTE, at is the byte itself
+    uint32_t priority;          // smaller joins first
+    uint32_t type;
+} Token;
+
+// A hash table that finds the number of a token or of a row by bytes that stay in the file.
+typedef struct {
+    struct Entry { uint32_t hash, place; } *entry;  // place: the number plus one, 0 is free
+    size_t mask;                // entries, a power of two, less one
+    const uint8_t *keys;        // the rows, or the file
+    size_t stride, length;      // of a row, and of the key it begins with
+    const Token *token;         // NULL: rows
+} Table;
+
+typedef struct {
+    File file;                  // stays mapped: tokens and rows are used where they lie
+    TokenizerHeader header;
+    Token *token;               // (n_tokens)
+    Table tokens;               // those that text can become
+    int byte_token[256];        // the token of a byte that stands alone, -1: none
+    uint8_t user_defined[256];  // length of the longest such token that begins with this byte
+    bool *joined;               // (256, 256) whether some token has these two side by side
+    const uint8_t *merge;       // (n_merges, 3) left, right, joined id; NULL: scores decide
+    Table merges;               // by left, right
+    uint8_t *class;             // (CODES) for the split rules
+    uint8_t *mark;              // (CODES) canonical combining classes, for NFC
+    const uint8_t *composition; // (n_compositions, 3) whole, first, second character
+    Table wholes, pairs;        // by whole; by first, second
+} Tokenizer;
+
+// The bytes that an id stands for, not a C string: none for what is never text.
+typedef struct {
+    const char *at;
+    size_t n;
+} Piece;
+
+static Piece piece(const Tokenizer *t, int id) {
+    if (id < 0 || (uint32_t)id >= t->header.n_tokens)
+        return (Piece){"", 0};
+    const Token *k = &t->token[id];
+    bool silent = k->type == CONTROL || k->type == UNKNOWN;
+    const uint8_t *at = k->type == BYTE ? (const uint8_t *)&k->at : t->file.at + k->at;
+    return (Piece){(const char *)at, silent ? 0 : k->length};
+}
+
+// Whether the model says with this id that its text is over.
+static bool ends_text(const Tokenizer *t, int id) {
+    for (uint32_t i = 0; i < t->header.n_ends; i++)
+        if (id == t->header.ends[i])
+            return true;
+    return id >= 0 && id == t->header.bos;
+}
+
+// The id of the control token with this name, -1 if there is none.
+static int find_control(const Tokenizer *t, const char *name) {
+    for (uint32_t id = 0; id < t->header.n_tokens; id++) {
+        const Token *k = &t->token[id];
+        if (k->type == CONTROL && k->length == strlen(name)
+            && memcmp(t->file.at + k->at, name, k->length) == 0)
+            return (int)id;
+    }
+    return -1;
+}
+
+// ---- Tables
+
+static uint64_t hash(const void *bytes, size_t n) {
+    const uint64_t odd = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
+    const uint8_t *p = bytes;
+    uint64_t h = n * odd, word;
+    for (; n > 8; p += 8, n -= 8) {
+        memcpy(&word, p, 8);
+        h = (h ^ word) * odd, h ^= h >> 32;
+    }
+    if (n >= 4)  // the two halves may overlap
+        word = (uint64_t)read_u32(p) << 32 | read_u32(p + n - 4);
+    else
+        word = n ? (uint64_t)p[0] << 16 | (uint64_t)p[n / 2] << 8 | p[n - 1] : 0;
+    h = (h ^ word) * odd, h ^= h >> 32;
+    return h * odd;
+}
+
+static Piece key(const Table *t, uint32_t number) {
+    if (t->token)
+        return (Piece){(const char *)t->keys + t->token[number].at, t->token[number].length};
+    return (Piece){(const char *)t->keys + number * t->stride, t->length};
+}
+
+// The entry of a key or the free one where it belongs; NULL when neither is near.
+static struct Entry *probe(const Table *t, const void *bytes, size_t n, uint64_t h) {
+    for (size_t i = 0; i < MOST_PROBES; i++) {
+        struct Entry *e = &t->entry[((h >> 32) + i) & t->mask];
+        if (e->place == 0)
+            return e;
+        if (e->hash != (uint32_t)h)
+            continue;
+        Piece k = key(t, e->place - 1);
+        if (k.n == n && memcmp(k.at, bytes, n) == 0)
+            return e;
+    }
+    return NULL;
+}
+
+// The number whose key this is, -1 if there is none.
+static int find(const Table *t, const void *bytes, size_t n) {
+    const struct Entry *e = probe(t, bytes, n, hash(bytes, n));
+    return e ? (int)e->place - 1 : -1;
+}
+
+static void size_table(Table *t, size_t keys) {
+    size_t entries = 16;
+    while (entries < keys + keys / 2)
+        entries *= 2;
+    t->entry = NEW(struct Entry, entries), t->mask = entries - 1;
+}
+
+// Make the number findable by its key, unless another is.
+static void enter(Table *t, uint32_t number, const char *path) {
+    Piece k = key(t, number);
+    uint64_t h = hash(k.at, k.n);
+    struct Entry *e = probe(t, k.at, k.n, h);
+    if (!e)
+        die("%s: %d keys collide, the last is number %u", path, MOST_PROBES, number);
+    if (e->place == 0)
+        *e = (struct Entry){(uint32_t)h, number + 1};
+}
+
+// ---- Characters
+
+enum { BROKEN = 0, CUT_SHORT = -1 };
+
+// How many bytes the character at p takes, n > 0 being there; BROKEN when there is none, CUT_SHORT
+// when all n bytes could begin one.
+static int utf8(uint32_t *code, const uint8_t *p, size_t n) {
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
+    int length = p[0] < 0x80 ? 1 : p[0] < 0xC0 ? BROKEN : p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
+    *code = length < 2 ? p[0] : p[0] & (0xFF >> length);
+    for (int i = 1; length >= 2; i++) {
+        int open = 6 * (length - i);  // bits to come: the code will be first..last
+        uint32_t first = *code << open, last = first | ((1u << open) - 1);
+        if (last < least[length] || first >= UNICODE || (first >= 0xD800 && last <= 0xDFFF))
+            return BROKEN;
+        if (i == length)
+            break;
+        if ((size_t)i == n)
+            return CUT_SHORT;
+        if ((p[i] & 0xC0) != 0x80)
+            return BROKEN;
+        *code = *code << 6 | (p[i] & 0x3F);
+    }
+    return length;
+}
+
+// The code at text[*at], which moves on.
+static uint32_t next_code(const uint8_t *text, size_t n, size_t *at) {
+    const uint8_t *p = text + *at;
+    uint32_t code;
+    int length = utf8(&code, p, n - *at);
+    *at += length > 0 ? (size_t)length : 1;
+    return length > 0 ? code : (uint32_t)UNICODE + *p;
+}
+
+static void append_code(Bytes *out, uint32_t code) {
+    size_t n = code < 0x80 || code >= UNICODE ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    char c[4];
+    for (size_t i = n; i-- > 1; code >>= 6)
+        c[i] = (char)(0x80 | (code & 0x3F));
+    c[0] = (char)(n > 1 ? 0xF00 >> n | code : code & 0xFF);  // the low byte of UNICODE is 0
+    append(out, c, n);
+}
+
+// ---- Reading the file
+
+static void check(const File *f, const char *name, int64_t value, int64_t least, int64_t most) {
+    if (value < least || value > most)
+        die("%s: %s is %lld, not %lld to %lld", f->path, name, (long long)value, (long long)least,
+            (long long)most);
+}
+
+static void check_header(const File *f, const TokenizerHeader *h, int vocab_size) {
+    int64_t last = (int64_t)h->n_tokens - 1, size = (int64_t)f->size;
+    check(f, "version", h->version, 1, 1);
+    check(f, "size in the header", (int64_t)h->size, size, size);
+    check(f, "kind", h->kind, SENTENCEPIECE, BYTE_LEVEL);
+    check(f, "flags", h->flags, 0, ADDS_BOS | DUMMY_PREFIX | TAKES_WHOLE | NFC);
+    check(f, "split rule", h->rule, NO_RULE, h->kind == BYTE_LEVEL ? SMOLLM_RULE : NO_RULE);
+    check(f, "chat format", h->chat, 0, 5);
+    if (h->n_tokens > (uint32_t)vocab_size)
+        die("%s: %u tokens, but the model has %d", f->path, h->n_tokens, vocab_size);
+    check(f, "number of tokens", h->n_tokens, 1, size / 8);  // each takes more
+    check(f, "id of BOS", h->bos, -1, last);
+    check(f, "id of the unknown token", h->unknown, -1, last);
+    check(f, "number of ids that end a text", h->n_ends, 0, MOST_ENDS);
+    for (uint32_t i = 0; i < MOST_ENDS; i++)
+        check(f, "id that ends a text", h->ends[i], 0, i < h->n_ends ? last : 0);
+    for (size_t i = 0; i < sizeof h->zero; i++)
+        check(f, "a zero of the header", h->zero[i], 0, 0);
+}
+
+// Larger scores give smaller numbers; the bits of a float order like an integer with a sign.
+static uint32_t priority(float score) {
+    uint32_t bits;
+    score += 0.0f;  // -0 equals 0
+    memcpy(&bits, &score, sizeof bits);
+    return bits >> 31 ? bits : ~bits & INT32_MAX;
+}
+
+// Let text become this token.
+static void enter_token(Tokenizer *t, uint32_t id) {
+    const Token *k = &t->token[id];
+    const uint8_t *p = t->file.at + k->at;
+    enter(&t->tokens, id, t->file.path);
+    for (size_t i = 1; i < k->length; i++)
+        t->joined[p[i - 1] << 8 | p[i]] = true;
+    if (k->type == USER_DEFINED && k->length > t->user_defined[*p])
+        t->user_defined[*p] = (uint8_t)k->length;
+    int *alone = &t->byte_token[*p];
+    if (k->length == 1 && (*alone < 0 || t->token[*alone].type == BYTE))
+        *alone = (int)id;
+}
+
+static void add_token(Tokenizer *t, uint32_t id, float score, Token k) {
+    bool fits = k.type == UNUSED ? k.length == 0 : k.type == BYTE ? k.length == 1
+              : k.type == USER_DEFINED ? k.length > 0 && k.length <= LONGEST_USER_DEFINED
+              : k.length > 0;
+    if (k.type < NORMAL || k.type > BYTE || !fits || score != score)
+        die("%s: token %u: type %u, score %g, %u bytes; wanted a type of 1 to 6, a number, and "
+            "bytes: none for type 5, 1 for 6, at most %d for 4",
+            t->file.path, id, k.type, (double)score, k.length, LONGEST_USER_DEFINED);
+    k.priority = priority(score);
+    t->token[id] = k;
+    if (k.type == NORMAL || k.type == USER_DEFINED)
+        enter_token(t, id);
+    if (k.type == BYTE && t->byte_token[k.at] < 0)
+        t->byte_token[k.at] = (int)id;
+}
+
+// llama2.c's file leaves the type to the id, and writes bytes as <0xHH>.
+static Token llama2c_token(const File *f, uint32_t id, size_t at, uint32_t length) {
+    char name[8];
+    snprintf(name, sizeof name, "<0x%02X>", (id - 3) & 0xFF);
+    if (id >= 3 && id < 3 + 256 && length == 6 && memcmp(f->at + at, name, 6) == 0)
+        return (Token){.at = id - 3, .length = 1, .type = BYTE};
+    uint32_t type = id == 0 ? UNKNOWN : id < 3 ? CONTROL : NORMAL;
+    return (Token){.at = (uint32_t)at, .length = length, .type = type};
+}
+
+// Tokens fill the file from `at` on: score, type (not in llama2.c's), length, bytes.
+static void read_tokens(Tokenizer *t, size_t at, bool own) {
+    const File *f = &t->file;
+    uint32_t count = t->header.n_tokens;
+    size_t head = own ? 12 : 8;
+    for (uint32_t id = 0; id < count; id++) {
+        size_t left = f->size - at, text = at + head;
+        uint32_t n = left >= head ? read_u32(f->at + text - 4) : 0;
+        size_t taken = head + (own ? ((size_t)n + 3) / 4 * 4 : n);
+        if (left < taken)
+            die("%s: token %u of %u runs past the end; is it this model's?", f->path, id, count);
+        Token k = {.at = (uint32_t)text, .length = n, .type = read_u32(f->at + at + 4)};
+        if (!own)
+            k = llama2c_token(f, id, text, n);
+        else if (k.type == BYTE && n == 1)
+            k.at = f->at[text];
+        add_token(t, id, read_f32(f->at + at), k);
+        at += taken;
+    }
+    if (at != f->size)
+        die("%s: %zu bytes follow the last of %u tokens; is it this model's?", f->path,
+            f->size - at, count);
+}
+
+// Each row must join two tokens to the one that has the bytes of both.
+static void read_merges(Tokenizer *t, const uint8_t *row, uint32_t rows) {
+    t->merge = rows ? row : NULL;
+    t->merges = (Table){.keys = row, .stride = 12, .length = 8};
+    size_table(&t->merges, rows);
+    for (uint32_t i = 0; i < rows; i++, row += 12) {
+        Piece left = piece(t, (int)read_u32(row)), right = piece(t, (int)read_u32(row + 4));
+        Piece both = piece(t, (int)read_u32(row + 8));
+        if (!left.n || !right.n || both.n != left.n + right.n || memcmp(both.at, left.at, left.n)
+            || memcmp(both.at + left.n, right.at, right.n))
+            die("%s: merge %u does not join two tokens to a third", t->file.path, i);
+        enter(&t->merges, i, t->file.path);
+    }
+}
+
+// Rows of (first code, value), each valid up to the next, as one value a code.
+static uint8_t *read_runs(const File *f, const uint8_t *row, uint32_t rows, uint32_t most) {
+    uint8_t *values = NEW(uint8_t, CODES);
+    if (rows == 0 || read_u32(row) != 0)
+        die("%s: a table of characters does not begin with code 0", f->path);
+    for (uint32_t i = 0; i < rows; i++, row += 8) {
+        uint32_t first = read_u32(row), value = read_u32(row + 4);
+        uint32_t end = i + 1 < rows ? read_u32(row + 8) : UNICODE;
+        if (first >= end || end > UNICODE || value > most)
+            die("%s: row %u of a table of characters: codes %#x to %#x are %u, wanted ascending "
+                "codes and at most %u", f->path, i, first, end, value, most);
+        memset(values + first, (int)value, end - first);
+    }
+    return values;
+}
+
+static void read_compositions(Tokenizer *t, const uint8_t *row, uint32_t rows) {
+    t->composition = row;
+    t->wholes = (Table){.keys = row, .stride = 12, .length = 4};
+    t->pairs = (Table){.keys = row + 4, .stride = 12, .length = 8};
+    size_table(&t->wholes, rows);
+    size_table(&t->pairs, rows);
+    for (uint32_t i = 0; i < rows; i++, row += 12) {
+        uint32_t whole = read_u32(row), first = read_u32(row + 4), second = read_u32(row + 8);
+        if ((whole & ~NEVER_COMPOSED) >= UNICODE || first >= UNICODE || second >= UNICODE)
+            die("%s: composition %u: %#x is %#x and %#x, wanted codes below %#x", t->file.path, i,
+                whole, first, second, UNICODE);
+        enter(&t->wholes, i, t->file.path);
+        if (!(whole & NEVER_COMPOSED))
+            enter(&t->pairs, i, t->file.path);
+    }
+}
+
+static void prepare_tokenizer(Tokenizer *t) {
+    t->token = NEW(Token, t->header.n_tokens);
+    t->tokens = (Table){.keys = t->file.at, .token = t->token};
+    size_table(&t->tokens, t->header.n_tokens);
+    memset(t->byte_token, -1, sizeof t->byte_token);
+    t->joined = NEW(bool, 256 * 256);
+    for (int i = 0; i < 256 && t->header.kind == SENTENCEPIECE; i++)
+        memset(t->joined + (i << 8 | 0x80), true, 0x40);  // what continues a character
+}
+
+// Our format, with at most the tokens that the model has, or llama2.c's, with exactly them.
+static Tokenizer open_tokenizer(const char *path, int vocab_size) {
+    static const uint32_t stride[ARRAYS] = {12, 8, 8, 12};
+    Tokenizer t = {.file = open_file(path)};
+    const File *f = &t.file;
+    const uint32_t *rows = t.header.rows;
+    check(f, "size in bytes", (int64_t)f->size, 4, UINT32_MAX);
+    bool own = f->size >= sizeof t.header && memcmp(f->at, "LLAMA02T", 8) == 0;
+    if (own)
+        memcpy(&t.header, f->at, sizeof t.header);
+    else
+        t.header = (TokenizerHeader){
+            .version = 1, .n_tokens = (uint32_t)vocab_size, .flags = ADDS_BOS | DUMMY_PREFIX,
+            .bos = 1, .n_ends = 1, .ends = {2}, .size = f->size,
+        };
+    check_header(f, &t.header, vocab_size);
+
+    size_t at[ARRAYS + 1] = {own ? sizeof t.header : 4};  // llama2.c's longest length: not needed
+    for (int i = 0; i < ARRAYS; i++)
+        at[i + 1] = at[i] + (size_t)rows[i] * stride[i];
+    check(f, "place of the tokens", (int64_t)at[ARRAYS], 0, (int64_t)f->size);
+    prepare_tokenizer(&t);
+    read_tokens(&t, at[ARRAYS], own);
+    read_merges(&t, f->at + at[MERGES], rows[MERGES]);
+    if (t.header.rule)
+        t.class = read_runs(f, f->at + at[CLASSES], rows[CLASSES], WHITE);
+    if (t.header.flags & NFC) {
+        t.mark = read_runs(f, f->at + at[MARKS], rows[MARKS], UINT8_MAX);
+        read_compositions(&t, f->at + at[COMPOSITIONS], rows[COMPOSITIONS]);
+    }
+    return t;
+}
+
+static void close_tokenizer(Tokenizer *t) {
+    void *blocks[] = {t->token, t->tokens.entry, t->joined, t->merges.entry, t->class, t->mark,
+                      t->wholes.entry, t->pairs.entry};
+    for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++)
+        free(blocks[i]);
+    close_file(&t->file);
+}
+
+// ---- Canonical composition, Unicode's NFC
+
+enum {  // Hangul syllables are 19 leading by 21 vowel by 28 trailing letters, in this order
+    SYLLABLE = 0xAC00, LEADING = 0x1100, VOWEL = 0x1161, TRAILING = 0x11A7,
+    LEADINGS = 19, VOWELS = 21, TRAILINGS = 28, SYLLABLES = LEADINGS * VOWELS * TRAILINGS,
+};
+
+typedef struct {
+    uint64_t *at;  // class << 56 | index << 24 | code: as numbers, marks stand in canonical order
+    size_t n, room;
+} Characters;
+
+static void add_character(Characters *c, const Tokenizer *t, uint32_t code) {
+    grow((void **)&c->at, &c->room, c->n + 1, sizeof *c->at);
+    c->at[c->n] = (uint64_t)t->mark[code] << 56 | (uint64_t)c->n << 24 | code;
+    c->n++;
+}
+
+static void decompose(Characters *out, const Tokenizer *t, uint32_t code) {
+    uint32_t behind[DEEPEST_COMPOSITION], n = 0, syllable = code - SYLLABLE;
+    if (syllable < SYLLABLES) {
+        code = LEADING + syllable / TRAILINGS / VOWELS;
+        if (syllable % TRAILINGS)
+            behind[n++] = TRAILING + syllable % TRAILINGS;
+        behind[n++] = VOWEL + syllable / TRAILINGS % VOWELS;
+    }
+    while (code >= 0x80 && n < DEEPEST_COMPOSITION) {
+        uint32_t never = code | NEVER_COMPOSED;
+        int row = find(&t->wholes, &code, 4);
+        if (row < 0 && (row = find(&t->wholes, &never, 4)) < 0)
+            break;
+        code = read_u32(t->composition + 12 * (size_t)row + 4);
+        behind[n++] = read_u32(t->composition + 12 * (size_t)row + 8);
+    }
+    add_character(out, t, code);
+    while (n-- > 0)
+        if (behind[n])
+            add_character(out, t, behind[n]);
+}
+
+// What two characters make together, 0 if they stay two.
+static uint32_t compose(const Tokenizer *t, uint32_t first, uint32_t second) {
+    uint32_t leading = first - LEADING, vowel = second - VOWEL;
+    uint32_t syllable = first - SYLLABLE, trailing = second - TRAILING;
+    if (leading < LEADINGS && vowel < VOWELS)
+        return SYLLABLE + (leading * VOWELS + vowel) * TRAILINGS;
+    if (syllable < SYLLABLES && syllable % TRAILINGS == 0 && trailing - 1 < TRAILINGS - 1)
+        return first + trailing;
+    int row = find(&t->pairs, (uint32_t[]){first, second}, 8);
+    return row < 0 ? 0 : read_u32(t->composition + 12 * (size_t)row);
+}
+
+static int compare_characters(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static void order_marks(Characters *c) {
+    for (size_t i = 0, end; i < c->n; i = end + 1) {
+        for (end = i; end < c->n && c->at[end] >> 56; end++) {}
+        if (end - i > 1)
+            qsort(c->at + i, end - i, sizeof *c->at, compare_characters);
+    }
+}
+
+// Let each starter (class 0) take in what combines with it, unless something of the same or a
+// higher class, or of class 0, stands between.
+static void compose_all(Characters *c, const Tokenizer *t) {
+    size_t starter = SIZE_MAX, kept = 0;
+    int between = -1;  // the class of what stands between last, -1: nothing
+    for (size_t i = 0; i < c->n; i++) {
+        uint32_t code = c->at[i] & 0xFFFFFF, whole = 0;
+        int class = (int)(c->at[i] >> 56);
+        if (starter != SIZE_MAX && between < class)
+            whole = compose(t, (uint32_t)c->at[starter], code);
+        if (whole) {
+            c->at[starter] = whole;
+            continue;
+        }
+        between = class ? class : -1;
+        starter = class ? starter : kept;
+        c->at[kept++] = code;
+    }
+    c->n = kept;
+}
+
+static void append_nfc(Bytes *out, const Tokenizer *t, const uint8_t *text, size_t n) {
+    size_t at = 0;
+    while (at < n && text[at] < 0xCC)  // below U+0300 nothing combines
+        at++;
+    if (at == n) {
+        append(out, (const char *)text, n);
+        return;
+    }
+    Characters c = {0};
+    for (at = 0; at < n;)
+        decompose(&c, t, next_code(text, n, &at));
+    order_marks(&c);
+    compose_all(&c, t);
+    for (size_t i = 0; i < c.n; i++)
+        append_code(out, (uint32_t)c.at[i]);
+    free(c.at);
+}
+
+// ---- Splitting, as the regular expressions of the byte-level tokenizers do it
+
+typedef struct {
+    uint32_t end;       // where the next symbol begins; 0: joined to the one before
+    uint32_t previous;  // where the one before begins
+    int id;             // -1: no token
+} Symbol;
+
+typedef struct {
+    uint64_t order;     // priority << 32 | where the left symbol begins: the smallest goes first
+    uint32_t end;       // of the right symbol
+    int id;             // the two together
+} Join;
+
+typedef struct {
+    uint32_t at, n;     // where it stood in the text
+    size_t first, ids;  // where its ids stand in out
+} Word;
+
+typedef struct {
+    const Tokenizer *tokenizer;
+    Tokens *out;
+    const uint8_t *text; // what stands between two user-defined tokens
+    size_t n;
+    Word *words;        // (WORDS) of the text, by hash
+    const uint8_t *run; // what is being joined
+    Symbol *symbol;     // of the run, by the byte where it begins
+    Join *heap;
+    size_t symbol_room, joins, heap_room;
+} Encoder;
+
+// The class of the character at `at`, which ends at *end.
+static int class_at(const Encoder *e, size_t at, size_t *end) {
+    *end = at;
+    return at < e->n ? e->tokenizer->class[next_code(e->text, e->n, end)] : END;
+}
+
+// The end of at most `most` characters of a class.
+static size_t skip(const Encoder *e, size_t at, int class, size_t most) {
+    for (size_t end; most > 0 && class_at(e, at, &end) == class; most--)
+        at = end;
+    return at;
+}
+
+static bool is_line_end(const Encoder *e, size_t at) {
+    return at < e->n && (e->text[at] == '\n' || e->text[at] == '\r');
+}
+
+// What an apostrophe draws to itself: s t re ve m ll d. Returns its end, or `at`.
+static size_t contraction_end(const Encoder *e, size_t at, bool any_case) {
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d", "\u017F"};
+    int known = any_case ? 8 : 7;  // U+017F is a long s, which is an s when case does not matter
+    for (int i = 0; i < known; i++) {
+        size_t n = strlen(endings[i]);
+        const char *text = (const char *)e->text + at;
+        if (n <= e->n - at && (any_case ? strncasecmp : strncmp)(text, endings[i], n) == 0)
+            return at + n;
+    }
+    return at;
+}
+
+// White space: in the newer rules up to its last line end; else all of it at the end of the text;
+// else all but the last character, which may belong to what follows.
+static size_t white_end(const Encoder *e, size_t at, bool newer) {
+    size_t last = at, line_end = at, end = at, next;
+    int class;
+    for (; (class = class_at(e, end, &next)) == WHITE; end = next) {
+        last = end;
+        if (is_line_end(e, end))
+            line_end = next;
+    }
+    if (newer && line_end > at)
+        return line_end;
+    bool over = class == END || (class == NUMBER && e->tokenizer->header.rule == SMOLLM_RULE);
+    return over || last == at ? end : last;
+}
+
+// The end of the piece that begins at `at`. The rules:
+//     Llama 3  (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
+//              ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
+//     Qwen2    the same with \p{N}
+//     GPT-2    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+//     SmolLM   each \p{N} alone, then GPT-2's between them
+static size_t piece_end(const Encoder *e, size_t at) {
+    static const size_t most_digits[] = {0, 3, 1, SIZE_MAX, 1};
+    uint32_t rule = e->tokenizer->header.rule;
+    bool newer = rule == LLAMA3_RULE || rule == QWEN2_RULE, space = e->text[at] == ' ';
+    size_t second, end;
+    int class = class_at(e, at, &second);
+    if (class == LETTER)
+        return skip(e, second, LETTER, SIZE_MAX);
+    if (class == NUMBER)
+        return skip(e, at, NUMBER, most_digits[rule]);
+    if (e->text[at] == '\'' && (end = contraction_end(e, second, newer)) > second)
+        return end;
+
+    int next = class_at(e, second, &end);
+    if ((next == LETTER && (newer ? !is_line_end(e, at) : space))
+        || (next == NUMBER && space && rule == GPT2_RULE))
+        return skip(e, second, next, SIZE_MAX);
+    if (class == WHITE && !(next == OTHER && space))
+        return white_end(e, at, newer);
+    end = skip(e, second, OTHER, SIZE_MAX);
+    while (newer && is_line_end(e, end))
+        end++;
+    return end;
+}
+
+// ---- Joining: neighbours become one token, the best pair first, of equals the leftmost
+
+static void push_join(Encoder *e, Join join) {
+    grow((void **)&e->heap, &e->heap_room, e->joins + 1, sizeof join);
+    size_t i = e->joins++;
+    for (; i > 0 && join.order < e->heap[(i - 1) / 2].order; i = (i - 1) / 2)
+        e->heap[i] = e->heap[(i - 1) / 2];
+    e->heap[i] = join;
+}
+
+static Join pop_join(Encoder *e) {
+    Join best = e->heap[0], last = e->heap[--e->joins];
+    size_t i = 0;
+    for (size_t child; (child = 2 * i + 1) < e->joins; i = child) {
+        if (child + 1 < e->joins && e->heap[child + 1].order < e->heap[child].order)
+            child++;
+        if (last.order <= e->heap[child].order)
+            break;
+        e->heap[i] = e->heap[child];
+    }
+    e->heap[i] = last;
+    return best;
+}
+
+// Put the join of a symbol with the next one on the heap, if there is a token for it.
+static void consider(Encoder *e, uint32_t left) {
+    const Tokenizer *t = e->tokenizer;
+    Symbol a = e->symbol[left], b = e->symbol[a.end];
+    if (b.end == 0)
+        return;
+    int found = t->merge ? find(&t->merges, (int[]){a.id, b.id}, 8)
+                         : find(&t->tokens, e->run + left, b.end - left);
+    if (found < 0)
+        return;
+    uint64_t priority = t->merge ? (uint32_t)found : t->token[found].priority;
+    int id = t->merge ? (int)read_u32(t->merge + 12 * (size_t)found + 8) : found;
+    push_join(e, (Join){priority << 32 | left, b.end, id});
+}
+
+static void start_symbols(Encoder *e, size_t n) {
+    const Tokenizer *t = e->tokenizer;
+    grow((void **)&e->symbol, &e->symbol_room, n + 1, sizeof *e->symbol);
+    uint32_t previous = 0, code;
+    for (uint32_t at = 0, end; at < n; previous = at, at = end) {
+        const uint8_t *p = e->run + at;
+        int length = t->header.kind == BYTE_LEVEL ? 1 : utf8(&code, p, n - at);
+        int id = length > 1 ? find(&t->tokens, p, (size_t)length) : -1;
+        if (length <= 1 || (id < 0 && t->merge))  // merges know no character without a token
+            length = 1, id = t->byte_token[*p];
+        end = at + (uint32_t)length;
+        e->symbol[at] = (Symbol){end, previous, id};
+    }
+    e->symbol[n] = (Symbol){0, previous, -1};
+}
+
+// Append the ids of the symbols that are left; those that are no token become bytes.
+static void push_symbols(Encoder *e, size_t n) {
+    const Tokenizer *t = e->tokenizer;
+    for (uint32_t at = 0, end; at < n; at = end) {
+        end = e->symbol[at].end;
+        for (uint32_t i = at; i < end && e->symbol[at].id < 0; i++) {
+            int id = t->byte_token[e->run[i]];
+            push(e->out, id < 0 ? t->header.unknown : id);
+        }
+        if (e->symbol[at].id >= 0)
+            push(e->out, e->symbol[at].id);
+    }
+}
+
+static void join_run(Encoder *e, const uint8_t *text, size_t n) {
+    e->run = text;
+    start_symbols(e, n);
+    Symbol *s = e->symbol;
+    for (uint32_t at = 0; at < n; at = s[at].end)
+        consider(e, at);
+    while (e->joins > 0) {
+        Join join = pop_join(e);
+        uint32_t left = (uint32_t)join.order, right = s[left].end;
+        if (right == 0 || s[right].end != join.end)
+            continue;  // one of the two has been joined to another since
+        s[left].end = join.end, s[left].id = join.id;
+        s[right].end = 0;
+        s[join.end].previous = left;
+        if (left > 0)
+            consider(e, s[left].previous);
+        consider(e, left);
+    }
+    push_symbols(e, n);
+}
+
+// Most words have been seen before: 1 MB of English takes a quarter of the time.
+static void encode_run(Encoder *e, size_t at, size_t n) {
+    Word *w = &e->words[hash(e->text + at, n) % WORDS];
+    if (w->n != n || memcmp(e->text + w->at, e->text + at, n) != 0) {
+        size_t first = e->out->n;
+        join_run(e, e->text + at, n);
+        *w = (Word){(uint32_t)at, (uint32_t)n, first, e->out->n - first};
+        return;
+    }
+    for (size_t i = 0; i < w->ids; i++)
+        push(e->out, e->out->at[w->first + i]);
+}
+
+// ---- Encoding
+
+// A piece falls into runs wherever two bytes meet that stand together in no token: nothing is
+// joined across, so the ids are the same, and the work on a word stays in the first cache.
+static void encode_piece(Encoder *e, size_t at, size_t end) {
+    const Tokenizer *t = e->tokenizer;
+    int whole = t->header.flags & TAKES_WHOLE ? find(&t->tokens, e->text + at, end - at) : -1;
+    if (whole >= 0) {
+        push(e->out, whole);
+        return;
+    }
+    for (size_t from = at; from < end; from = at) {
+        for (at++; at < end && t->joined[e->text[at - 1] << 8 | e->text[at]]; at++) {}
+        encode_run(e, from, at - from);
+    }
+}
+
+static void encode_section(Encoder *e, const uint8_t *text, size_t n) {
+    const Tokenizer *t = e->tokenizer;
+    Bytes composed = {0};
+    if (t->header.flags & NFC) {
+        append_nfc(&composed, t, text, n);
+        text = (uint8_t *)composed.at, n = composed.n;
+    }
+    e->text = text, e->n = n;
+    memset(e->words, 0, WORDS * sizeof *e->words);
+    for (size_t at = 0, end; at < n; at = end) {
+        end = t->header.rule ? piece_end(e, at) : n;
+        encode_piece(e, at, end);
+    }
+    free(composed.at);
+}
+
+// The length of the longest user-defined token that the text begins with, 0 if there is none.
+static size_t user_defined(int *id, const Tokenizer *t, const uint8_t *text, size_t n) {
+    size_t k = t->user_defined[*text] < n ? t->user_defined[*text] : n;
+    for (; k > 0; k--) {
+        *id = find(&t->tokens, text, k);
+        if (*id >= 0 && t->token[*id].type == USER_DEFINED)
+            break;
+    }
+    return k;
+}
+
+// The text as the vocabulary spells it: with a space in front, and U+2581 being a space.
+static void append_spaced(Bytes *out, const Tokenizer *t, const char *text, size_t n) {
+    append(out, " ", t->header.flags & DUMMY_PREFIX ? 1 : 0);
+    const char *sign;
+    while (t->header.kind == SENTENCEPIECE && (sign = memmem(text, n, "\u2581", 3))) {
+        append(out, text, (size_t)(sign - text));
+        append(out, " ", 1);
+        n -= (size_t)(sign - text) + 3;
+        text = sign + 3;
+    }
+    append(out, text, n);
+}
+
+// One unknown token stands for all in a row; where there is none, what has no token is lost.
+static void merge_unknown(Tokens *out, size_t first, int unknown) {
+    size_t kept = first;
+    for (size_t i = first; i < out->n; i++) {
+        bool again = out->at[i] == unknown && kept > first && out->at[kept - 1] == unknown;
+        if (out->at[i] >= 0 && !again)
+            out->at[kept++] = out->at[i];
+    }
+    out->n = kept;
+}
+
+// Append the ids of any n bytes to out: no BOS, and no control tokens, whatever the text says.
+static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) {
+    if (n == 0)
+        return;
+    if (n >= INT32_MAX)
+        die("a text of %zu bytes is too long, the most is %d", n, INT32_MAX - 1);
+    Bytes spaced = {0};
+    append_spaced(&spaced, t, text, n);
+    const uint8_t *p = (const uint8_t *)spaced.at;
+    Encoder e = {.tokenizer = t, .out = out, .words = NEW(Word, WORDS)};
+    size_t first = out->n, from = 0, at = 0;
+    while (at < spaced.n) {
+        int id;
+        size_t length = user_defined(&id, t, p + at, spaced.n - at);
+        if (length > 0) {
+            encode_section(&e, p + from, at - from);
+            push(out, id);
+            from = at + length;
+        }
+        at += length ? length : 1;
+    }
+    encode_section(&e, p + from, at - from);
+    merge_unknown(out, first, t->header.unknown);
+    free(e.words);
+    free(e.symbol);
+    free(e.heap);
+    free(spaced.at);
+}
+
+// ---- Decoding
+
+// Ids go in one by one, bytes come out once they are a character or can never be one.
+typedef struct {
+    const Tokenizer *tokenizer;
+    char held[4];  // what may be the beginning of a character
+    size_t n_held;
+    bool begun;
+} Decoder;
+
+static void decode(Bytes *out, Decoder *d, int id) {
+    const Tokenizer *t = d->tokenizer;
+    Piece p = piece(t, id);
+    bool prefix = !d->begun && t->header.flags & DUMMY_PREFIX && p.n > 0 && p.at[0] == ' ';
+    d->begun |= p.n > 0;
+    for (size_t i = prefix; i < p.n; i++) {
+        d->held[d->n_held++] = p.at[i];
+        uint32_t code;
+        int ready;
+        while (d->n_held && (ready = utf8(&code, (uint8_t *)d->held, d->n_held)) != CUT_SHORT) {
+            ready += ready == BROKEN;  // its first byte is in no character
+            append(out, d->held, (size_t)ready);
+            d->n_held -= (size_t)ready;
+            memmove(d->held, d->held + ready, d->n_held);
+        }
+    }
+}
+
+// The end of the text: what is held has no more to wait for.
+static void flush(Bytes *out, Decoder *d) {
+    append(out, d->held, d->n_held);
+    d->n_held = 0;
+}
+// ------------------------------------------------------------------------------------------------
+// 10. The sampler: logits to one token
+//
+// In the order of the field: repetition penalty (Keskar et al. 2019), temperature, top-k, top-p
+// (Holtzman et al. 2020), min-p. With only temperature and top-p the rule and its random numbers are
+// llama2.c's, so the same seed gives the same text.
+
+typedef struct { float p; int id; } Candidate;
+
+typedef struct {
+    float temperature, top_p, min_p, penalty;
+    int top_k;  // 0: all
+} Taste;
+
+// xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact and 1 not reached.
+static float random_float(uint64_t *state) {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    return (float)(uint32_t)((*state * 0x2545f4914f6cdd1dull) >> 32 >> 8) * 0x1p-24f;
+}
+
+static int most_likely(const float *logits, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best])
+            best = i;
+    return best;
+}
+
+// Logits to probabilities, after division by the temperature. Returns the sum of e^(logit - peak),
+// which with the peak gives any token's log-probability.
+static float softmax(float *x, int n, float temperature) {
+    f32v peaks = spread(-INFINITY), sum = spread(0);
+    float all[WIDTH], peak = -INFINITY;
+    int whole = n / WIDTH * WIDTH;
+    for (int i = 0; i < n; i++)
+        x[i] /= temperature;
+    for (int i = 0; i < whole; i += WIDTH)
+        peaks = greater_of(peaks, load_f32(x + i));
+    store_f32(all, peaks);
+    for (int i = 0; i < WIDTH + n - whole; i++) {
+        float v = i < WIDTH ? all[i] : x[whole + i - WIDTH];
+        peak = v > peak ? v : peak;
+    }
+    for (int i = 0; i < n; i += WIDTH) {
+        float part[WIDTH];
+        int there = least(WIDTH, n - i);
+        f32v v = there == WIDTH ? load_f32(x + i) : load_some(x + i, there);
+        store_f32(part, exponential(sub(v, spread(peak))));
+        store_some(x + i, load_f32(part), there);
+        sum = add(sum, there == WIDTH ? load_f32(part) : load_some(part, there));
+    }
+    float total = join(sum);
+    for (int i = 0; i < n; i++)
+        x[i] /= total;
+    return total;
+}
+
+// Falling probability; among equals the smaller id first.
+static int by_probability(const void *a, const void *b) {
+    const Candidate *x = a, *y = b;
+    return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : (x->id > y->id) - (x->id < y->id);
+}
+
+// What top-k, top-p and min-p leave of n probabilities, likeliest first; at least one.
+static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
+    bool nucleus = taste->top_p > 0 && taste->top_p < 1;
+    float cutoff = 0, whole = 1;
+    if (nucleus && !taste->top_k)  // below it nothing can be among the likeliest: no need to sort it
+        cutoff = (1 - taste->top_p) / (float)(n - 1);
+    int kept = 0;
+    for (int i = 0; i < n; i++)
+        if (p[i] >= cutoff)
+            c[kept++] = (Candidate){p[i], i};
+    if (kept == 0)
+        c[kept++] = (Candidate){1, most_likely(p, n)};
+    qsort(c, (size_t)kept, sizeof *c, by_probability);
+    if (taste->top_k && taste->top_k < kept) {
+        kept = taste->top_k, whole = 0;
+        for (int i = 0; i < kept; i++)
+            whole += c[i].p;
+    }
+    float sum = 0;
+    for (int i = 0; nucleus && i < kept; i++)
+        if ((sum += c[i].p) > taste->top_p * whole)
+            kept = i + 1;
+    while (kept > 1 && c[kept - 1].p < taste->min_p * c[0].p)
+        kept--;
+    return kept;
+}
+
+// Tokens of the text become less likely, each once: positive logits divided, negative ones multiplied.
+// `old` (vocab) has room for the logits before.
+static void penalize(float *logits, Candidate *old, const Tokens *text, float penalty) {
+    for (size_t i = 0; i < text->n; i++)
+        old[text->at[i]].p = logits[text->at[i]];
+    for (size_t i = 0; i < text->n; i++) {
+        float before = old[text->at[i]].p;
+        logits[text->at[i]] = before > 0 ? before / penalty : before * penalty;
+    }
+}
+
+// The next token; the logits are used up. `text` is what the penalty looks back on.
+static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candidate *candidates,
+                const Tokens *text) {
+    if (taste->penalty != 1)
+        penalize(logits, candidates, text, taste->penalty);
+    if (taste->temperature == 0)
+        return most_likely(logits, n);
+    softmax(logits, n, taste->temperature);
+    float chance = random_float(state), sum = 0;
+    bool whole = !taste->top_k && taste->min_p <= 0 && (taste->top_p <= 0 || taste->top_p >= 1);
+    if (whole) {
+        for (int i = 0; i < n; i++)
+            if ((sum += logits[i]) > chance)
+                return i;
+        return n - 1;
+    }
+    int kept = shortlist(candidates, logits, n, taste);
+    for (int i = 0; i < kept; i++)
+        sum += candidates[i].p;
+    float reach = chance * sum;
+    sum = 0;
+    for (int i = 0; i < kept; i++)
+        if ((sum += candidates[i].p) > reach)
+            return candidates[i].id;
+    return candidates[kept - 1].id;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 11. A session: feed and reply, the two verbs of every text mode
+
+typedef struct {
+    const char *model, *tokenizer, *mode, *prompt, *file, *system, *output, *type, *format, *batch;
+    double temperature, top_p, min_p, penalty;
+    int64_t steps, threads, context, seed, top_k, depth, width;
+    bool verbose;
+} Options;
+
+typedef struct {
+    const Options *options;
+    Model model;
+    Pool pool;
+    State state;
+    char *tokenizer_path;   // NULL: none is open
+    Tokenizer tokenizer;
+    Candidate *candidates;  // (vocab)
+    Taste taste;
+    Output out;
+} Session;
+
+// One text in one slot of the cache.
+typedef struct {
+    int slot;
+    Tokens ids;      // all of it
+    int pos;         // how many of them are in the cache
+    uint64_t random;
+    Decoder decoder;
+    Bytes ready;     // characters that are complete but not written
+} Text;
+
+typedef enum { ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED } Stop;
+
+static Text new_text(const Session *s, int slot) {
+    // xorshift never leaves state 0, so seed 0 stands for another
+    uint64_t seed = s->options->seed ? (uint64_t)s->options->seed : 0x9e3779b97f4a7c15ull;
+    return (Text){.slot = slot, .random = seed, .decoder.tokenizer = &s->tokenizer};
+}
+
+static void free_text(Text *t) {
+    free(t->ids.at);
+    free(t->ready.at);
+}
+
+// The text goes on with the tokens of n bytes, after BOS if it is at its beginning and the model
+// wants one. What is said this way is part of what a decoder sees.
+static void feed(Session *s, Text *text, const char *words, size_t n) {
+    if (text->ids.n == 0 && s->tokenizer.header.bos >= 0 && s->tokenizer.header.flags & ADDS_BOS)
+        push(&text->ids, s->tokenizer.header.bos);
+    encode(&text->ids, &s->tokenizer, words, n);
+}
+
+// Run what the cache does not hold yet through the model, a batch at a time. Returns the logits of
+// what may follow.
+static float *catch_up(Session *s, Text *text) {
+    State *state = &s->state;
+    Progress progress = start_progress("reading");
+    int from = text->pos, all = (int)text->ids.n, n = 0;
+    Step *steps = NEW(Step, least(state->batch, all - from));
+    assert(all > from && all <= state->context);
+    for (; text->pos < all; text->pos += n) {
+        n = least(state->batch, all - text->pos);
+        for (int t = 0; t < n; t++)
+            steps[t] = (Step){text->ids.at[text->pos + t], text->slot, text->pos + t};
+        forward(state, steps, n);
+        show_progress(&progress, text->pos + n - from, all - from);
+    }
+    end_progress(&progress);
+    free(steps);
+    return logits(state, n - 1, 1);
+}
+
+// Write what is ready, and send it off so that it is seen at once.
+static void show_ready(Session *s, Text *text) {
+    write_bytes(&s->out, text->ready.at, text->ready.n);
+    if (text->ready.n && fflush(s->out.file) != 0)
+        fail_output(&s->out);
+    text->ready.n = 0;
+}
+
+// Sample and write tokens until the model ends, `limit` are out or the context is full. `scores` are
+// those of a catch_up().
+static Stop reply(Session *s, Text *text, float *scores, int64_t limit) {
+    for (int64_t made = 0; made < limit; made++) {
+        if (interrupt_waits())
+            return INTERRUPTED;
+        if (made > 0 && (int)text->ids.n > s->state.context)
+            return CONTEXT_FULL;
+        if (made > 0)
+            scores = catch_up(s, text);
+        int id = pick(scores, s->model.config.vocab_size, &s->taste, &text->random,
+                      s->candidates, &text->ids);
+        push(&text->ids, id);
+        if (ends_text(&s->tokenizer, id))
+            return ENDED;
+        decode(&text->ready, &text->decoder, id);
+        show_ready(s, text);
+    }
+    return REACHED_LIMIT;
+}
+
+// Beside NAME.bin as NAME.tokenizer.bin, beside it as tokenizer.bin, or in the current folder.
+static char *find_tokenizer(const char *model) {
+    const char *slash = strrchr(model, '/'), *name = slash ? slash + 1 : model;
+    const char *dot = strrchr(name, '.');
+    int stem = dot ? (int)(dot - model) : (int)strlen(model);
+    size_t room = strlen(model) + sizeof ".tokenizer.bin";
+    char *path = NEW(char, room);
+    snprintf(path, room, "%.*s.tokenizer.bin", stem, model);
+    if (access(path, F_OK) != 0)
+        snprintf(path, room, "%.*stokenizer.bin", (int)(name - model), model);
+    if (access(path, F_OK) != 0)
+        snprintf(path, room, "tokenizer.bin");
+    if (access(path, F_OK) != 0)
+        die("no tokenizer: neither beside %s nor in this folder; -z names one", model);
+    return path;
+}
+
+// Threads that a model is worth: below about 2 MB of weights each, they cost more than they bring.
+static int useful_threads(const Model *m) {
+    size_t worth = m->file.size / (2 << 20);
+    return worth < 1 ? 1 : worth > MAX_THREADS ? MAX_THREADS : (int)worth;
+}
+
+static void open_session(Session *s, const Options *o) {
+    *s = (Session){.options = o, .model = open_model(o->model)};
+    s->taste = (Taste){(float)o->temperature, (float)o->top_p, (float)o->min_p, (float)o->penalty,
+                       (int)o->top_k};
+    int threads = o->threads ? (int)o->threads : least(usable_cores(), useful_threads(&s->model));
+    hold_interrupt(true);  // threads inherit this: an interrupt is the main thread's
+    start_pool(&s->pool, threads);
+    hold_interrupt(false);
+}
+
+static void need_tokenizer(Session *s) {
+    const char *named = s->options->tokenizer;
+    s->tokenizer_path = named ? strdup(named) : find_tokenizer(s->options->model);
+    s->tokenizer = open_tokenizer(s->tokenizer_path, s->model.config.vocab_size);
+}
+
+// Room for texts of as many tokens as the model or -c allows, or fewer where `most_tokens` is enough.
+static void need_state(Session *s, int64_t most_tokens, int n_slots, int logit_rows) {
+    const Config *c = &s->model.config;
+    int64_t context = s->options->context ? s->options->context : c->max_seq_len;
+    if (context > c->max_seq_len)
+        die("%s: the context is %d tokens, -c asks for %lld", s->model.file.path, c->max_seq_len,
+            (long long)context);
+    context = context < most_tokens ? context : most_tokens;
+    int batch = most(default_batch(c), most(n_slots, logit_rows));
+    open_state(&s->state, &s->model, &s->pool, (Room){(int)context, n_slots, logit_rows, batch});
+    s->candidates = NEW(Candidate, c->vocab_size);
+}
+
+static void close_session(Session *s) {
+    if (s->state.arena.at)
+        close_state(&s->state);
+    stop_pool(&s->pool);
+    if (s->tokenizer_path)
+        close_tokenizer(&s->tokenizer);
+    free(s->tokenizer_path);
+    free(s->candidates);
+    close_model(&s->model);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 12. The modes: each a main() of its own
+
+// The text of -i, or of the file of -f, or nothing.
+static Bytes prompt_of(const Options *o) {
+    Bytes b = {0};
+    if (o->prompt && strcmp(o->prompt, "-") != 0)
+        append(&b, o->prompt, strlen(o->prompt));
+    else if (o->prompt || o->file)
+        b = read_text(o->prompt ? "-" : o->file);
+    return b;
+}
+
+static void say_speed(const char *what, double tokens, double time) {
+    fprintf(stderr, "%s %.0f tokens in %.3f s, %.1f tokens/s\n", what, tokens, time,
+            time > 0 ? tokens / time : 0);
+}
+
+// Continue the prompt.
+static void run_generate(Session *s) {
+    const Options *o = s->options;
+    need_tokenizer(s);
+    Text text = new_text(s, 0);
+    Bytes prompt = prompt_of(o);
+    feed(s, &text, prompt.at, prompt.n);
+    if (text.ids.n == 0)
+        die("nothing to begin with: the prompt is empty and the tokenizer has no BOS");
+    int given = (int)text.ids.n;
+    need_state(s, given + o->steps, 1, 1);
+    if (given > s->state.context)
+        die("the prompt has %d tokens, the context %d", given, s->state.context);
+    for (int i = 0; i < given; i++)
+        decode(&text.ready, &text.decoder, text.ids.at[i]);
+    double start = seconds();
+    float *scores = catch_up(s, &text);
+    double middle = seconds();
+    show_ready(s, &text);
+    Stop stop = reply(s, &text, scores, o->steps);
+    double end = seconds();
+    flush(&text.ready, &text.decoder);
+    append(&text.ready, "\n", 1);
+    show_ready(s, &text);
+    if (stop == CONTEXT_FULL)
+        fprintf(stderr, "the context of %d tokens is full\n", s->state.context);
+    say_speed("prompt", given, middle - start);
+    say_speed("generated", (double)text.ids.n - given, end - middle);
+    free(prompt.at);
+    free_text(&text);
+}
+
+// Token ids in decimal, separated by white space.
+static Tokens read_ids(const char *path, int vocab_size) {
+    Bytes b = read_text(path ? path : "-");
+    Tokens ids = {0};
+    append(&b, "", 1);
+    for (char *p = b.at, *end; *(p += strspn(p, " \t\r\n")); p = end) {
+        errno = 0;
+        long id = strtol(p, &end, 10);
+        if (end == p || (*end && !strchr(" \t\r\n", *end)) || errno || id < 0 || id >= vocab_size)
+            die("%s: '%.*s' at byte %td is not a token id of 0 to %d", path ? path : "standard input",
+                (int)strcspn(p, " \t\r\n") < 20 ? (int)strcspn(p, " \t\r\n") : 20, p, p - b.at,
+                vocab_size - 1);
+        push(&ids, (int)id);
+    }
+    if (ids.n == 0)
+        die("%s: no token ids", path ? path : "standard input");
+    free(b.at);
+    return ids;
+}
+
+// Token ids from -f, their logits as float32 (tokens, vocabulary) to -o.
+static void run_logits(Session *s) {
+    enum { ROWS = 32 };
+    const Config *c = &s->model.config;
+    Tokens ids = read_ids(s->options->file, c->vocab_size);
+    need_state(s, (int64_t)ids.n, 1, ROWS);
+    if (ids.n > (size_t)s->state.context)
+        die("there are %zu tokens, the context is %d", ids.n, s->state.context);
+    Step *steps = NEW(Step, ids.n);
+    for (size_t i = 0; i < ids.n; i++)
+        steps[i] = (Step){ids.at[i], 0, (int)i};
+    Progress progress = start_progress("logits");
+    int batch = s->options->width ? least(s->state.batch, (int)s->options->width) : s->state.batch;
+    for (int at = 0, n; at < (int)ids.n; at += n) {
+        n = least(batch, (int)ids.n - at);
+        forward(&s->state, steps + at, n);
+        for (int t = 0; t < n; t += ROWS) {
+            int rows = least(ROWS, n - t);
+            write_bytes(&s->out, logits(&s->state, t, rows),
+                        (size_t)rows * (size_t)c->vocab_size * sizeof(float));
+        }
+        give_way(&s->out);
+        show_progress(&progress, at + n, (double)ids.n);
+    }
+    end_progress(&progress);
+    free(steps);
+    free(ids.at);
+}
+
+// The ids of the text, one a line, without BOS.
+static void run_tokens(Session *s) {
+    need_tokenizer(s);
+    Bytes text = prompt_of(s->options);
+    Tokens ids = {0};
+    encode(&ids, &s->tokenizer, text.at, text.n);
+    for (size_t i = 0; i < ids.n; i++)
+        if (fprintf(s->out.file, "%d\n", ids.at[i]) < 0)
+            fail_output(&s->out);
+    free(text.at);
+    free(ids.at);
+}
+
+static double parameters(const Model *m) {
+    double sum = 0;
+    for (SlotId i = 0; i < SLOTS; i++) {
+        Tensor w = blank_tensor(&m->config, i);
+        double layers = slots[i].per_layer ? m->config.n_layers : 1;
+        sum += has_slot(&m->config, i) ? layers * w.rows * w.cols : 0;
+    }
+    return sum;
+}
+
+// What the checkpoint and the tokenizer hold, and the memory they take.
+static void run_info(Session *s) {
+    const Config *c = &s->model.config;
+    FILE *out = s->out.file;
+    static const char *const scalings[SCALINGS] = {"none", "linear", "llama3"};
+    int context = s->options->context ? least((int)s->options->context, c->max_seq_len)
+                                      : c->max_seq_len;
+    Room room = {context, 1, 1, default_batch(c)};
+    fprintf(out, "file            %s\nformat          %s\n", s->model.file.path, s->model.form);
+    fprintf(out, "weights         %s\nparameters      %.0f\n", types[c->type].name,
+            parameters(&s->model));
+    for (int i = 0; i < COUNT(limits); i++)
+        fprintf(out, "%-15s %d\n", limits[i].name, *limited((Config *)c, i));
+    fprintf(out, "sliding window  %d\nclassifier      %s\nbiases          %s\nhead norms      %s\n",
+            c->window, c->tied ? "the embedding" : "its own", c->biases ? "q k v" : "none",
+            c->head_norms ? "q k" : "none");
+    fprintf(out, "norm_eps        %g\nrope_theta      %g\nRoPE pairs      %s\nRoPE scaling    %s\n",
+            (double)c->norm_eps, (double)c->rope_theta, c->neighbours ? "neighbours" : "halves",
+            scalings[c->scaling]);
+    fprintf(out, "weights, MB     %.1f\nstate, MB       %.1f\nthreads         %d\n",
+            (double)s->model.file.size / 1e6,
+            (double)state_bytes(&s->model, &s->pool, room) / 1e6, s->pool.threads);
+    need_tokenizer(s);
+    const TokenizerHeader *t = &s->tokenizer.header;
+    static const char *const kinds[] = {"SentencePiece BPE", "byte-level BPE"};
+    fprintf(out, "tokenizer       %s\nkind            %s\ntokens          %u\nBOS             %d\n",
+            s->tokenizer_path, kinds[t->kind], t->n_tokens, t->bos);
+    for (uint32_t i = 0; i < t->n_ends; i++)
+        fprintf(out, "ends            %d\n", t->ends[i]);
+    if (ferror(out))
+        fail_output(&s->out);
+}
+
+// Writing the model in another type, panel by panel.
+typedef struct {
+    const Tensor *from;
+    Type type;
+    int first;        // panel that `panels` begins with
+    uint8_t *panels;
+    float *rows;      // (threads, columns padded to groups)
+    double *error, *power;  // (panels) sums of squares
+} Packing;
+
+static void pack_panels(void *job, int thread, int first, int end) {
+    const Packing *p = job;
+    const Tensor *w = p->from;
+    size_t wide = group_count(w->cols) * GROUP, bytes = panel_bytes(p->type, w->cols);
+    float *x = p->rows + (size_t)thread * wide;
+    for (int i = first; i < end; i++) {
+        memset(p->panels + (size_t)i * bytes, 0, bytes);
+        p->error[i] = p->power[i] = 0;
+        for (int r = 0; r < PANEL; r++) {
+            int row = (p->first + i) * PANEL + r;
+            memset(x, 0, wide * sizeof *x);
+            if (row < w->rows)
+                types[w->type].unpack(x, w, row);
+            for (int j = 0; j < w->cols; j++)
+                p->power[i] += (double)x[j] * (double)x[j];
+            p->error[i] += pack_row(p->panels + (size_t)i * bytes, p->type, r, x, w->cols);
+        }
+    }
+}
+
+// A matrix in panels to the output; adds to the sums of squares of its errors and weights.
+static void write_packed(Session *s, const Tensor *w, Type type, const char *name, double *sums,
+                         Progress *progress, double all) {
+    enum { AT_ONCE = 64 };
+    Packing p = {.from = w, .type = type};
+    int panels = (int)panel_count(w->rows);
+    size_t bytes = panel_bytes(type, w->cols);
+    double error[AT_ONCE], power[AT_ONCE];
+    p.panels = new_array(AT_ONCE, bytes);
+    p.rows = NEW(float, (size_t)s->pool.threads * group_count(w->cols) * GROUP);
+    p.error = error, p.power = power;
+    for (p.first = 0; p.first < panels; p.first += AT_ONCE) {
+        int n = least(AT_ONCE, panels - p.first);
+        parallel(&s->pool, n, pack_panels, &p);
+        for (int i = 0; i < n; i++)
+            sums[0] += error[i], sums[1] += power[i];
+        if (!(sums[0] < INFINITY && sums[1] < INFINITY)) {
+            drop_output(&s->out);
+            die("%s: %s holds weights that are infinite, not numbers or too large for %s",
+                s->model.file.path, name, types[type].name);
+        }
+        write_bytes(&s->out, p.panels, (size_t)n * bytes);
+        give_way(&s->out);
+        show_progress(progress, (double)(w->data - s->model.file.at), all);
+    }
+    free(p.panels);
+    free(p.rows);
+}
+
+static void put_u32(uint8_t *at, uint32_t v) { memcpy(at, &v, sizeof v); }
+static void put_f32(uint8_t *at, float v) { memcpy(at, &v, sizeof v); }
+
+// The header of our format, the size of the file apart.
+static void make_header(uint8_t *h, const Config *config) {
+    Config c = *config;
+    memset(h, 0, HEADER);
+    memcpy(h, magic, MAGIC);
+    put_u32(h + 8, 1);
+    put_u32(h + 12, c.type);
+    for (int i = 0; i < COUNT(limits); i++)
+        put_u32(h + 16 + 4 * i, (uint32_t)*limited(&c, i));
+    put_u32(h + 48, (uint32_t)c.window);
+    put_u32(h + 52, (c.tied ? TIED : 0) | (c.biases ? BIASES : 0) | (c.head_norms ? HEAD_NORMS : 0)
+                    | (c.neighbours ? NEIGHBOURS : 0));
+    put_f32(h + 56, c.norm_eps);
+    put_f32(h + 60, c.rope_theta);
+    put_u32(h + 64, c.scaling);
+    put_f32(h + 68, c.factor);
+    put_f32(h + 72, c.low_freq_factor);
+    put_f32(h + 76, c.high_freq_factor);
+    put_u32(h + 80, (uint32_t)c.original_context);
+}
+
+// One tensor, from the next 64-byte boundary on; returns where it ends.
+static uint64_t write_tensor(Session *s, SlotId id, int layer, Type type, uint64_t at, double *sums,
+                             Progress *progress) {
+    static const uint8_t zeros[LINE] = {0};
+    const Tensor *w = tensor_at(&s->model, id, layer);
+    if (!has_slot(&s->model.config, id))
+        return at;
+    Tensor packed = {slots[id].rows == ONE ? F32 : type, w->rows, w->cols, NULL};
+    uint64_t begin = round_up(at, LINE);
+    write_bytes(&s->out, zeros, begin - at);
+    if (packed.type == F32)
+        write_bytes(&s->out, w->data, tensor_bytes(w));
+    else
+        write_packed(s, w, type, slots[id].name, sums, progress, (double)s->model.file.size);
+    return begin + tensor_bytes(&packed);
+}
+
+static void run_quantize(Session *s) {
+    const Options *o = s->options;
+    Config c = s->model.config;
+    if (!o->output || !o->type)
+        die("-m quantize wants -q q8 or -q q4, and -o for the file to write");
+    Type type = strcmp(o->type, "q8") == 0 ? Q8 : Q4;
+    if (strcmp(o->type, types[type].name) != 0)
+        die("-q wants q8 or q4, not '%s'", o->type);
+    if (c.type == Q4)
+        die("%s: q4 is not quantized again", o->model);
+    c.type = type;
+    double sums[SLOTS][2] = {0};
+    uint8_t header[HEADER];
+    uint64_t at = HEADER;
+    make_header(header, &c);
+    write_bytes(&s->out, header, HEADER);
+    Progress progress = start_progress("quantizing");
+    at = write_tensor(s, EMBEDDING, 0, type, at, sums[EMBEDDING], &progress);
+    for (int l = 0; l < c.n_layers; l++)
+        for (SlotId i = ATTENTION_NORM; i <= W2; i++)
+            at = write_tensor(s, i, l, type, at, sums[i], &progress);
+    at = write_tensor(s, FINAL_NORM, 0, type, at, sums[FINAL_NORM], &progress);
+    at = write_tensor(s, CLASSIFIER, 0, type, at, sums[CLASSIFIER], &progress);
+    end_progress(&progress);
+    if (fseek(s->out.file, 248, SEEK_SET) != 0)
+        fail_output(&s->out);
+    write_bytes(&s->out, &at, sizeof at);
+    for (SlotId i = 0; i < SLOTS && o->verbose; i++)
+        if (sums[i][1] > 0)
+            fprintf(stderr, "%-15s relative root mean square error %.5f\n", slots[i].name,
+                    sqrt(sums[i][0] / sums[i][1]));
+}
+
+// Measuring: what the machine can do, and what share of it the model's work reaches.
+
+enum { READ_PART = 1 << 16, COUNT_ITEMS = 1 << 10 };
+
+typedef struct {
+    const uint8_t *at;
+    uint8_t *sums;  // (threads, LINE), so that the work is not optimised away
+} Ceiling;
+
+// Read 64 KB an item, as fast as lines can be loaded.
+static void read_items(void *job, int thread, int first, int end) {
+    const Ceiling *c = job;
+    i32v sum[4] = {load_line(c->sums + thread * LINE), spread_int(0), spread_int(0), spread_int(0)};
+    for (size_t i = (size_t)first * READ_PART; i < (size_t)end * READ_PART; i += 4 * LINE)
+        UNROLL for (int j = 0; j < 4; j++) {
+            i32v line = load_line(c->at + i + (size_t)j * LINE);
+            EACH_PART sum[j].p[k] ^= line.p[k];
+        }
+    UNROLL for (int j = 0; j < 4; j++)
+        EACH_PART sum[0].p[k] ^= sum[j].p[k];
+    memcpy(c->sums + thread * LINE, sum, LINE);
+}
+
+enum { CHAINS = 12 };  // independent sums: as many as latency times units, and registers, want
+
+// CHAINS multiply-adds of a register, 1024 times an item.
+static void multiply_items(void *job, int thread, int first, int end) {
+    const Ceiling *c = job;
+    FloatPart sum[CHAINS], x = (FloatPart)*(const LooseInts *)(c->sums + thread * LINE);
+    UNROLL for (int j = 0; j < CHAINS; j++)
+        sum[j] = x + (float)j;
+    for (int i = first * 1024; i < end * 1024; i++)
+        UNROLL for (int j = 0; j < CHAINS; j++)
+            sum[j] = fused(x, x, sum[j]);
+    UNROLL for (int j = 1; j < CHAINS; j++)
+        sum[0] += sum[j];
+    memcpy(c->sums + thread * LINE, sum, sizeof *sum);
+}
+
+static void dot_items(void *job, int thread, int first, int end) {
+    const Ceiling *c = job;
+    IntPart sum[CHAINS], x = *(const LooseInts *)(c->sums + thread * LINE);
+    UNROLL for (int j = 0; j < CHAINS; j++)
+        sum[j] = x + j;
+    for (int i = first * 1024; i < end * 1024; i++)
+        UNROLL for (int j = 0; j < CHAINS; j++)
+            sum[j] = dot4(sum[j], x, x);
+    UNROLL for (int j = 1; j < CHAINS; j++)
+        sum[0] ^= sum[j];
+    memcpy(c->sums + thread * LINE, sum, sizeof *sum);
+}
+
+enum { TRIALS = 5 };
+
+static int by_value(const void *a, const void *b) {
+    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+}
+
+// Median time of a job.
+static double time_job(Pool *pool, int items, Work *work, void *job) {
+    double times[TRIALS];
+    for (int i = 0; i < TRIALS; i++) {
+        double start = seconds();
+        parallel(pool, items, work, job);
+        times[i] = seconds() - start;
+    }
+    qsort(times, TRIALS, sizeof *times, by_value);
+    return times[TRIALS / 2];
+}
+
+// Median time of running n steps from position `from` on, `batch` at a time, logits after each.
+static double time_steps(Session *s, int from, int n, int batch) {
+    double times[TRIALS];
+    Step *steps = NEW(Step, n);
+    for (int i = 0; i < n; i++)
+        steps[i] = (Step){(from + i) * 7 % s->model.config.vocab_size, 0, from + i};
+    for (int i = 0; i < TRIALS; i++) {
+        double start = seconds();
+        for (int at = 0, k; at < n; at += k) {
+            k = least(batch, n - at);
+            forward(&s->state, steps + at, k);
+            logits(&s->state, k - 1, 1);
+        }
+        times[i] = seconds() - start;
+    }
+    free(steps);
+    qsort(times, TRIALS, sizeof *times, by_value);
+    return times[TRIALS / 2];
+}
+
+static void say(Session *s, const char *name, double value, const char *unit) {
+    if (fprintf(s->out.file, "%s %.*f %s\n", name, value < 100 ? 2 : 0, value, unit) < 0
+        || fflush(s->out.file) != 0)
+        fail_output(&s->out);
+}
+
+// Multiply-adds of weights for one token, the classifier's apart; bytes of weights read for one.
+static double token_products(const Model *m, double *bytes) {
+    const Config *c = &m->config;
+    double sum = 0;
+    *bytes = 0;
+    for (SlotId i = 0; i < SLOTS; i++) {
+        Tensor w = blank_tensor(c, i);
+        if (!has_slot(c, i) || (i == EMBEDDING && !c->tied))
+            continue;
+        double layers = slots[i].per_layer ? c->n_layers : 1;
+        *bytes += layers * (double)tensor_bytes(&w);
+        sum += slots[i].per_layer && slots[i].rows != ONE ? layers * w.rows * w.cols : 0;
+    }
+    return sum;
+}
+
+// One `name value unit` a line: the machine's ceilings, then speeds and their share of them.
+static void run_bench(Session *s) {
+    const Config *c = &s->model.config;
+    int longest = s->options->context ? (int)s->options->context : c->max_seq_len;
+    int depth = least((int)s->options->depth, longest - 1), prompt = least(512, longest);
+    int decoded = least(64, longest - depth);
+    need_state(s, longest, 1, 1);
+    Ceiling ceiling = {s->model.file.at, NEW(uint8_t, s->pool.threads * LINE)};
+    int parts = (int)most(1, (int)(s->model.file.size / READ_PART)), threads = s->pool.threads;
+    if (s->model.file.size < READ_PART)
+        die("%s: too small to measure anything with", s->model.file.path);
+    double bytes, products = token_products(&s->model, &bytes);
+    double read = (double)parts * READ_PART / time_job(&s->pool, parts, read_items, &ceiling);
+    double once = (double)COUNT_ITEMS * threads * 1024 * CHAINS * LANES;
+    double fma = once / time_job(&s->pool, COUNT_ITEMS * threads, multiply_items, &ceiling);
+    double dot = once * 4 / time_job(&s->pool, COUNT_ITEMS * threads, dot_items, &ceiling);
+    double multiply = is_quantized(c->type) ? dot : fma;
+    say(s, "threads", threads, "threads");
+    say(s, "read", read / 1e9, "GB/s");
+    say(s, "multiply-add", 2 * fma / 1e9, "GFLOP/s");
+    say(s, "dot-product", 2 * dot / 1e9, "GOP/s");
+    double speed = prompt / time_steps(s, 0, prompt, s->state.batch);
+    say(s, "prompt", speed, "tokens/s");
+    say(s, "prompt-share", 100 * speed * products / multiply, "%");
+    speed = least(64, longest) / time_steps(s, 0, least(64, longest), 1);
+    say(s, "decode", speed, "tokens/s");
+    say(s, "decode-share", 100 * speed * bytes / read, "%");
+    if (depth > 0) {
+        for (int at = prompt; at < depth; at += prompt)
+            time_steps(s, at, least(prompt, depth - at), s->state.batch);
+        say(s, "depth", depth, "tokens");
+        double deep = decoded / time_steps(s, depth, decoded, 1);
+        say(s, "decode-deep", deep, "tokens/s");
+        say(s, "decode-deep-share", 100 * deep / speed, "%");
+    }
+    free(ceiling.sums);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 13. The command line
+
+static const struct Mode {
+    const char *name, *does;
+    void (*run)(Session *s);
+} modes[] = {
+    {"generate", "continue the prompt (default)",                          run_generate},
+    {"logits",   "token ids of -f to logits: float32 (tokens, vocabulary)", run_logits},
+    {"tokens",   "ids of the prompt, one a line, without BOS",             run_tokens},
+    {"info",     "what the checkpoint and the tokenizer hold",             run_info},
+    {"quantize", "write the model as -q to -o",                            run_quantize},
+    {"bench",    "measure the machine and what share of it is reached",    run_bench},
+};
+
+// One row an option: parsing, checking and the usage are all read from here.
+typedef enum { TEXT, WHOLE, REAL, SWITCH } Kind;
+static const struct Option {
+    char letter;
+    Kind kind;
+    const char *value, *does;
+    size_t at;
+    double least, most;
+} options[] = {
+    {'i', TEXT,   "TEXT", "prompt, - for standard input",              offsetof(Options, prompt), 0, 0},
+    {'f', TEXT,   "FILE", "prompt or token ids from a file",           offsetof(Options, file), 0, 0},
+    {'o', TEXT,   "FILE", "results go there (standard output)",        offsetof(Options, output), 0, 0},
+    {'m', TEXT,   "MODE", "what to do, below",                         offsetof(Options, mode), 0, 0},
+    {'z', TEXT,   "FILE", "tokenizer (NAME.tokenizer.bin, tokenizer.bin)",
+                                                             offsetof(Options, tokenizer), 0, 0},
+    {'n', WHOLE,  "N",    "tokens to generate (256)",                  offsetof(Options, steps), 0, 1e9},
+    {'t', REAL,   "X",    "temperature, 0 takes the likeliest (1.0)",
+                                                             offsetof(Options, temperature), 0, 1e3},
+    {'p', REAL,   "X",    "top-p, 0 and 1: off (0.9)",                 offsetof(Options, top_p), 0, 1},
+    {'k', WHOLE,  "N",    "top-k, 0: off (0)",                         offsetof(Options, top_k), 0, 1e9},
+    {'l', REAL,   "X",    "min-p, 0: off (0)",                         offsetof(Options, min_p), 0, 1},
+    {'r', REAL,   "X",    "repetition penalty, 1: off (1.0)",
+                                                             offsetof(Options, penalty), 1e-3, 1e3},
+    {'s', WHOLE,  "N",    "seed of the random numbers (time)",         offsetof(Options, seed), 0, 9e15},
+    {'c', WHOLE,  "N",    "context in tokens (the model's)",           offsetof(Options, context), 1, 1e9},
+    {'j', WHOLE,  "N",    "threads (physical cores)",                  offsetof(Options, threads), 1, MAX_THREADS},
+    {'q', TEXT,   "TYPE", "quantize to q8 or q4",                      offsetof(Options, type), 0, 0},
+    {'d', WHOLE,  "N",    "bench: depth of the second decoding",       offsetof(Options, depth), 0, 1e9},
+    {'w', WHOLE,  "N",    "steps that go through the layers at once, at most",
+                                                             offsetof(Options, width), 1, 1e6},
+    {'v', SWITCH, "",     "say more",                                  offsetof(Options, verbose), 0, 0},
+};
+
+static void print_usage(FILE *out) {
+    fprintf(out, "usage: ./run MODEL [options]\n\noptions\n");
+    for (int i = 0; i < COUNT(options); i++)
+        fprintf(out, "  -%c %-5s %s\n", options[i].letter, options[i].value, options[i].does);
+    fprintf(out, "  -h       this page; --version prints %s\n\nmodes\n", VERSION);
+    for (int i = 0; i < COUNT(modes); i++)
+        fprintf(out, "  %-9s %s\n", modes[i].name, modes[i].does);
+    fprintf(out, "\nexit status: 0 done, %d failed, %d wrong usage\n", FAILED, MISUSED);
+}
+
+__attribute__((noreturn, format(printf, 1, 2)))
+static void misuse(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fputs("run: ", stderr);
+    vfprintf(stderr, format, args);
+    fputs("; ./run -h lists the options\n", stderr);
+    exit(MISUSED);
+}
+
+// The whole text must be a number within the option's bounds.
+static void parse_number(Options *o, const struct Option *option, const char *text) {
+    char *end;
+    void *at = (char *)o + option->at;
+    errno = 0;
+    double v = option->kind == REAL ? strtod(text, &end) : (double)strtoll(text, &end, 10);
+    if (end == text || *end || errno || isspace((unsigned char)*text)
+        || !(v >= option->least && v <= option->most))
+        misuse("-%c wants a %snumber of %.10g to %.10g, not '%s'", option->letter,
+               option->kind == WHOLE ? "whole " : "", option->least, option->most, text);
+    if (option->kind == REAL)
+        *(double *)at = v;
+    else
+        *(int64_t *)at = strtoll(text, NULL, 10);
+}
+
+// The option at argv[*i], and its value, which may follow.
+static void parse_option(Options *o, int argc, char **argv, int *i) {
+    const char *letter = argv[*i] + 1;
+    const struct Option *option = NULL;
+    for (int j = 0; j < COUNT(options); j++)
+        if (letter[0] == options[j].letter && letter[1] == '\0')
+            option = &options[j];
+    if (!option)
+        misuse("unknown option '%s'", argv[*i]);
+    void *at = (char *)o + option->at;
+    if (option->kind == SWITCH) {
+        *(bool *)at = true;
+        return;
+    }
+    if (++*i == argc)
+        misuse("-%c wants a value", option->letter);
+    if (option->kind == TEXT)
+        *(const char **)at = argv[*i];
+    else
+        parse_number(o, option, argv[*i]);
+}
+
+static Options parse_options(int argc, char **argv) {
+    Options o = {.mode = "generate", .temperature = 1, .top_p = 0.9, .penalty = 1, .steps = 256,
+                 .seed = -1};
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) {
+            print_usage(stdout);
+            exit(0);
+        } else if (strcmp(argv[i], "--version") == 0) {
+            puts("LLaMA-02 " VERSION);
+            exit(0);
+        } else if (argv[i][0] == '-' && argv[i][1]) {
+            parse_option(&o, argc, argv, &i);
+        } else if (o.model) {
+            misuse("two models: '%s' and '%s'", o.model, argv[i]);
+        } else {
+            o.model = argv[i];
+        }
+    }
+    if (!o.model)
+        misuse("no model");
+    return o;
+}
+
+static const struct Mode *find_mode(const char *name) {
+    for (int i = 0; i < COUNT(modes); i++)
+        if (strcmp(name, modes[i].name) == 0)
+            return &modes[i];
+    misuse("unknown mode '%s'", name);
+}
+
+// A mapped file that becomes shorter while it is read ends here.
+static void on_bus_error(int signal) {
+    static const char text[] = "run: a file became shorter while it was being read\n";
+    (void)signal;
+    _exit(write(STDERR_FILENO, text, sizeof text - 1) > 0 ? FAILED : FAILED);
+}
+
+#ifndef TESTING
+int main(int argc, char **argv) {
+    Options o = parse_options(argc, argv);
+    const struct Mode *mode = find_mode(o.mode);
+    signal(SIGBUS, on_bus_error);
+    if (o.seed < 0) {
+        o.seed = (int64_t)time(NULL);
+        if (mode->run == run_generate && o.temperature > 0)
+            fprintf(stderr, "seed %lld\n", (long long)o.seed);
+    }
+    static Session s;
+    open_session(&s, &o);
+    s.out = open_output(o.output);
+    hold_interrupt(s.out.beside != NULL);
+    mode->run(&s);
+    close_output(&s.out);
+    close_session(&s);
+    return 0;
+}
+#endif
