@@ -325,23 +325,28 @@ typedef struct {          // weights as they lie in the file; rows go with outpu
 
 typedef enum { NO_SCALING, LINEAR, LLAMA3, SCALINGS } Scaling;
 
+enum {
+    TIED = 1,        // the classifier is the embedding
+    BIASES = 2,      // on queries, keys and values
+    HEAD_NORMS = 4,  // RMSNorm on each query and key head
+    NEIGHBOURS = 8,  // RoPE turns pairs (2i, 2i + 1), otherwise (i, i + head_dim/2)
+    ALL_FLAGS = 15
+};
+
 typedef struct {
-    Type type;         // of the matrices; norms and biases are f32
-    int dim;           // width of the residual stream
-    int hidden_dim;    // width inside the feed-forward block
+    Type type;       // of the matrices; norms and biases are f32
+    int dim;         // width of the residual stream
+    int hidden_dim;  // width inside the feed-forward block
     int n_layers;
-    int n_heads;       // query heads
-    int n_kv_heads;    // n_heads / n_kv_heads query heads share one key and value head
+    int n_heads;     // query heads
+    int n_kv_heads;  // n_heads / n_kv_heads query heads share one key and value head
     int head_dim;
     int vocab_size;
     int max_seq_len;
-    int window;        // a token sees this many positions, itself included; 0: all
-    bool tied;         // the classifier is the embedding
-    bool biases;       // on queries, keys and values
-    bool head_norms;   // RMSNorm on each query and key head
-    bool neighbours;   // RoPE turns pairs (2i, 2i+1), otherwise (i, i + head_dim/2)
+    int window;      // a token sees this many positions, itself included; 0: all
+    uint32_t flags;
     float norm_eps, rope_theta;
-    Scaling scaling;   // of RoPE's frequencies
+    Scaling scaling; // of RoPE's frequencies
     float factor, low_freq_factor, high_freq_factor;
     int original_context;
 } Config;
@@ -411,9 +416,9 @@ static const struct Slot {
 
 static bool has_slot(const Config *c, SlotId s) {
     switch (s) {
-    case BQ: case BK: case BV:  return c->biases;
-    case Q_NORM: case K_NORM:   return c->head_norms;
-    case CLASSIFIER:            return !c->tied;
+    case BQ: case BK: case BV:  return c->flags & BIASES;
+    case Q_NORM: case K_NORM:   return c->flags & HEAD_NORMS;
+    case CLASSIFIER:            return !(c->flags & TIED);
     default:                    return true;
     }
 }
@@ -460,61 +465,61 @@ static size_t tensor_bytes(const Tensor *w) {
 // Ours: 256 bytes of header (below), then the tensors in the order of `slots`, layer by layer, each
 // on a 64-byte boundary. llama2.c's versions 0 and 1 hold f32 kind by kind for all layers, unaligned.
 
-enum { HEADER = 256, MAGIC = 8, LLAMA2C_MAGIC = 0x616b3432 };
-static const char magic[MAGIC] = "LLAMA02";
+enum { HEADER = 256, SIZE_AT = 248, LLAMA2C_MAGIC = 0x616b3432 };
+static const char magic[8] = "LLAMA02";
 
-enum { TIED = 1, BIASES = 2, HEAD_NORMS = 4, NEIGHBOURS = 8, ALL_FLAGS = 15 };
-
-// Extents that our own arithmetic is sure to hold for: an int counts elements of a row, 2^20 items
-// fit a job (room 4), and what is added to a position in a file is below 2^48.
-static const struct Limit {
+// Where the header holds the config, and the bounds of every number. Extents are bounded so that an
+// int counts the elements of a row, 2^20 items do a job (room 4), and no sum of sizes overflows.
+static const struct Field {
     const char *name;
-    size_t at;
-    int most;
-} limits[] = {
-    {"dim",         offsetof(Config, dim),         1 << 20},
-    {"hidden_dim",  offsetof(Config, hidden_dim),  1 << 22},
-    {"n_layers",    offsetof(Config, n_layers),    1 << 14},
-    {"n_heads",     offsetof(Config, n_heads),     1 << 14},
-    {"n_kv_heads",  offsetof(Config, n_kv_heads),  1 << 14},
-    {"head_dim",    offsetof(Config, head_dim),    1 << 12},
-    {"vocab_size",  offsetof(Config, vocab_size),  1 << 23},
-    {"max_seq_len", offsetof(Config, max_seq_len), 1 << 26},
+    size_t at, member;
+    bool real;
+    double least, most;
+} fields[] = {
+    {"type",             12, offsetof(Config, type),             false, 0, TYPES - 1},
+    {"dim",              16, offsetof(Config, dim),              false, 1, 1 << 20},
+    {"hidden_dim",       20, offsetof(Config, hidden_dim),       false, 1, 1 << 22},
+    {"n_layers",         24, offsetof(Config, n_layers),         false, 1, 1 << 14},
+    {"n_heads",          28, offsetof(Config, n_heads),          false, 1, 1 << 14},
+    {"n_kv_heads",       32, offsetof(Config, n_kv_heads),       false, 1, 1 << 14},
+    {"head_dim",         36, offsetof(Config, head_dim),         false, 1, 1 << 12},
+    {"vocab_size",       40, offsetof(Config, vocab_size),       false, 1, 1 << 23},
+    {"max_seq_len",      44, offsetof(Config, max_seq_len),      false, 1, 1 << 26},
+    {"sliding_window",   48, offsetof(Config, window),           false, 0, INT_MAX},
+    {"flags",            52, offsetof(Config, flags),            false, 0, ALL_FLAGS},
+    {"norm_eps",         56, offsetof(Config, norm_eps),         true,  0, 1},
+    {"rope_theta",       60, offsetof(Config, rope_theta),       true,  1e-9, FLT_MAX},
+    {"rope_scaling",     64, offsetof(Config, scaling),          false, 0, SCALINGS - 1},
+    {"factor",           68, offsetof(Config, factor),           true,  0, FLT_MAX},
+    {"low_freq_factor",  72, offsetof(Config, low_freq_factor),  true,  0, FLT_MAX},
+    {"high_freq_factor", 76, offsetof(Config, high_freq_factor), true,  0, FLT_MAX},
+    {"original_context", 80, offsetof(Config, original_context), false, 0, 1 << 26},
 };
+enum { FIELDS_END = 84 };
 
-static int *limited(Config *c, int i) { return (int *)(void *)((char *)c + limits[i].at); }
+static double field_value(const Config *c, const struct Field *f) {
+    const char *at = (const char *)c + f->member;
+    return f->real ? (double)read_f32(at) : (double)(int32_t)read_u32(at);
+}
 
-static void check_config(Config *c, const char *path) {
-    for (int i = 0; i < COUNT(limits); i++) {
-        int v = *limited(c, i);
-        if (v < 1 || v > limits[i].most)
-            die("%s: %s is %d, not in 1 to %d", path, limits[i].name, v, limits[i].most);
+static void check_config(const Config *c, const char *path) {
+    for (int i = 0; i < COUNT(fields); i++) {
+        double v = field_value(c, &fields[i]);
+        if (!(v >= fields[i].least && v <= fields[i].most))
+            die("%s: %s is %.10g, not in %.10g to %.10g", path, fields[i].name, v,
+                fields[i].least, fields[i].most);
     }
     if (c->n_heads % c->n_kv_heads)
         die("%s: n_heads %d is no multiple of n_kv_heads %d", path, c->n_heads, c->n_kv_heads);
     if (c->head_dim % 2)
         die("%s: head_dim %d is odd, but RoPE turns pairs", path, c->head_dim);
-    if (c->window < 0)
-        die("%s: sliding window is %d, not 0 or more", path, c->window);
-    if ((int64_t)c->n_heads * c->head_dim > 1 << 22)
+    if (q_dim(c) > 1 << 22)
         die("%s: n_heads %d times head_dim %d is above %d", path, c->n_heads, c->head_dim, 1 << 22);
-    if (!(c->norm_eps >= 0 && c->norm_eps < 1))
-        die("%s: norm_eps is %g, not in 0 to 1", path, (double)c->norm_eps);
-    if (!(c->rope_theta > 0 && c->rope_theta < FLT_MAX))
-        die("%s: rope_theta is %g, not above 0 and finite", path, (double)c->rope_theta);
-}
-
-static void check_scaling(const Config *c, const char *path) {
-    if (c->scaling == NO_SCALING)
-        return;
-    if (!(c->factor > 0 && c->factor < FLT_MAX))
-        die("%s: RoPE scaling factor is %g, not above 0 and finite", path, (double)c->factor);
-    if (c->scaling == LLAMA3 && !(c->low_freq_factor > 0 && c->high_freq_factor < FLT_MAX
-                                  && c->low_freq_factor < c->high_freq_factor))
-        die("%s: RoPE low_freq_factor %g is not above 0 and below high_freq_factor %g", path,
-            (double)c->low_freq_factor, (double)c->high_freq_factor);
-    if (c->scaling == LLAMA3 && c->original_context < 1)
-        die("%s: RoPE original context is %d, not 1 or more", path, c->original_context);
+    if (c->scaling != NO_SCALING && !(c->factor > 0))
+        die("%s: factor of RoPE scaling is %g, not above 0", path, (double)c->factor);
+    if (c->scaling == LLAMA3 && !(c->low_freq_factor < c->high_freq_factor && c->original_context))
+        die("%s: RoPE scaling has low_freq_factor %g, high_freq_factor %g, original_context %d",
+            path, (double)c->low_freq_factor, (double)c->high_freq_factor, c->original_context);
 }
 
 static bool all_zero(const uint8_t *p, size_t n) {
@@ -523,47 +528,43 @@ static bool all_zero(const uint8_t *p, size_t n) {
     return n == 0;
 }
 
-// The header of our format; see README, "The checkpoint".
-static Config read_header(const File *f) {
-    const uint8_t *h = f->at;
+// The header of our format; the README has it as a table.
+static Config read_config(const File *f) {
+    Config c;
     if (f->size < HEADER)
         die("%s: %zu bytes are less than the %d of a header", f->path, f->size, HEADER);
-    if (read_u32(h + 8) != 1)
-        die("%s: version is %u, wanted 1", f->path, read_u32(h + 8));
-    uint32_t type = read_u32(h + 12), flags = read_u32(h + 52), scaling = read_u32(h + 64);
-    if (type >= TYPES)
-        die("%s: type is %u, wanted 0 to %d", f->path, type, TYPES - 1);
-    if (flags & ~(uint32_t)ALL_FLAGS)
-        die("%s: flags are %#x, of which only %#x are known", f->path, flags, ALL_FLAGS);
-    if (scaling >= SCALINGS)
-        die("%s: RoPE scaling is %u, wanted 0 to %d", f->path, scaling, SCALINGS - 1);
-    if (!all_zero(h + 84, 164))
-        die("%s: bytes 84 to 247 of the header are not zero", f->path);
-    if (read_u64(h + 248) != f->size)
+    if (read_u32(f->at + 8) != 1)
+        die("%s: version is %u, wanted 1", f->path, read_u32(f->at + 8));
+    if (!all_zero(f->at + FIELDS_END, SIZE_AT - FIELDS_END))
+        die("%s: bytes %d to %d of the header are not zero", f->path, FIELDS_END, SIZE_AT - 1);
+    if (read_u64(f->at + SIZE_AT) != f->size)
         die("%s: the file has %zu bytes, its header says %llu", f->path, f->size,
-            (unsigned long long)read_u64(h + 248));
-    Config c = {
-        .type = (Type)type,            .window = (int)read_u32(h + 48),
-        .tied = flags & TIED,          .biases = flags & BIASES,
-        .head_norms = flags & HEAD_NORMS, .neighbours = flags & NEIGHBOURS,
-        .norm_eps = read_f32(h + 56),  .rope_theta = read_f32(h + 60),
-        .scaling = (Scaling)scaling,   .factor = read_f32(h + 68),
-        .low_freq_factor = read_f32(h + 72), .high_freq_factor = read_f32(h + 76),
-        .original_context = (int)read_u32(h + 80),
-    };
-    for (int i = 0; i < COUNT(limits); i++)
-        *limited(&c, i) = (int)read_u32(h + 16 + 4 * i);
+            (unsigned long long)read_u64(f->at + SIZE_AT));
+    for (int i = 0; i < COUNT(fields); i++)
+        memcpy((char *)&c + fields[i].member, f->at + fields[i].at, 4);
     return c;
 }
 
-// The seven ints of llama2.c's headers.
-static Config read_llama2c_header(const uint8_t *h) {
-    Config c = {.type = F32, .neighbours = true, .norm_eps = 1e-5f, .rope_theta = 1e4f};
-    int *const fields[] = {&c.dim, &c.hidden_dim, &c.n_layers, &c.n_heads, &c.n_kv_heads,
-                           &c.vocab_size, &c.max_seq_len};
+static void make_header(uint8_t *h, const Config *c, uint64_t size) {
+    uint32_t version = 1;
+    memset(h, 0, HEADER);
+    memcpy(h, magic, sizeof magic);
+    memcpy(h + sizeof magic, &version, sizeof version);
     for (int i = 0; i < COUNT(fields); i++)
-        *fields[i] = (int)read_u32(h + 4 * i);
-    c.head_dim = c.n_heads > 0 ? c.dim / c.n_heads : 0;
+        memcpy(h + fields[i].at, (const char *)c + fields[i].member, 4);
+    memcpy(h + SIZE_AT, &size, sizeof size);
+}
+
+// The seven ints of llama2.c's headers.
+static Config read_llama2c_config(const uint8_t *h, const char *path) {
+    Config c = {.type = F32, .flags = NEIGHBOURS, .norm_eps = 1e-5f, .rope_theta = 1e4f};
+    int *const ints[] = {&c.dim, &c.hidden_dim, &c.n_layers, &c.n_heads, &c.n_kv_heads,
+                         &c.vocab_size, &c.max_seq_len};
+    for (int i = 0; i < COUNT(ints); i++)
+        *ints[i] = (int)read_u32(h + 4 * i);
+    if (c.n_heads > 0 && c.dim % c.n_heads)
+        die("%s: dim %d is no multiple of n_heads %d", path, c.dim, c.n_heads);
+    c.head_dim = c.n_heads > 0 ? c.dim / c.n_heads : 1;
     return c;
 }
 
@@ -605,7 +606,7 @@ static bool take_version_0(Model *m) {
     for (int i = 0; i < COUNT(order); i++)
         take_all_layers(m, order[i], &at);
     Tensor classifier = blank_tensor(c, CLASSIFIER);
-    size_t rest = at + (c->tied ? 0 : tensor_bytes(&classifier));
+    size_t rest = at + (c->flags & TIED ? 0 : tensor_bytes(&classifier));
     if (rest + tables == m->file.size)
         at += tables;
     take(m, CLASSIFIER, 0, &at, 1);
@@ -628,16 +629,16 @@ static void check_size(const Model *m, size_t wanted) {
 }
 
 static void open_ours(Model *m) {
-    m->config = read_header(&m->file);
-    check_config(&m->config, m->file.path);
-    check_scaling(&m->config, m->file.path);
-    m->layers = NEW(Layer, m->config.n_layers);
     m->form = "LLaMA-02, version 1";
+    m->config = read_config(&m->file);
+    check_config(&m->config, m->file.path);
+    m->layers = NEW(Layer, m->config.n_layers);
     check_size(m, take_ours(m));
 }
 
 static void open_version_1(Model *m) {
     const char *path = m->file.path;
+    m->form = "llama2.c, version 1";
     if (m->file.size < HEADER)
         die("%s: %zu bytes are less than the %d of a header", path, m->file.size, HEADER);
     if (read_u32(m->file.at + 4) == 2)
@@ -645,37 +646,33 @@ static void open_version_1(Model *m) {
             "-m quantize", path);
     if (read_u32(m->file.at + 4) != 1)
         die("%s: llama2.c's version is %u, wanted 1", path, read_u32(m->file.at + 4));
-    m->config = read_llama2c_header(m->file.at + 8);
-    m->config.tied = m->file.at[36] != 0;
-    if (m->config.n_heads > 0 && m->config.dim % m->config.n_heads)
-        die("%s: dim %d is no multiple of n_heads %d", path, m->config.dim, m->config.n_heads);
+    m->config = read_llama2c_config(m->file.at + 8, path);
+    m->config.flags |= m->file.at[36] ? TIED : 0;
     check_config(&m->config, path);
     m->layers = NEW(Layer, m->config.n_layers);
-    m->form = "llama2.c, version 1";
     check_size(m, take_version_1(m));
 }
 
 static void open_version_0(Model *m) {
     const char *path = m->file.path;
+    m->form = "llama2.c, version 0";
     if (m->file.size < 28)
         die("%s: not a checkpoint: %zu bytes hold no header", path, m->file.size);
     Config *c = &m->config;
-    *c = read_llama2c_header(m->file.at);
-    c->tied = c->vocab_size > 0;
+    *c = read_llama2c_config(m->file.at, path);
+    c->flags |= c->vocab_size > 0 ? TIED : 0;
     if (c->vocab_size < 0 && c->vocab_size > INT_MIN)
         c->vocab_size = -c->vocab_size;
-    for (int i = 0; i < COUNT(limits); i++)
-        if (*limited(c, i) < 1 || *limited(c, i) > limits[i].most)
-            die("%s: not a checkpoint: neither the magic LLAMA02 or llama2.c's ak42 nor the header "
-                "of llama2.c's version 0 (%s would be %d)", path, limits[i].name, *limited(c, i));
-    if (c->dim % c->n_heads)
-        die("%s: dim %d is no multiple of n_heads %d", path, c->dim, c->n_heads);
+    for (int i = 0; i < COUNT(fields); i++)
+        if (!(field_value(c, &fields[i]) >= fields[i].least
+              && field_value(c, &fields[i]) <= fields[i].most))
+            die("%s: not a checkpoint: no magic, and as llama2.c's version 0 %s would be %.10g",
+                path, fields[i].name, field_value(c, &fields[i]));
     check_config(c, path);
     m->layers = NEW(Layer, c->n_layers);
-    m->form = "llama2.c, version 0";
     if (!take_version_0(m))
         die("%s: not a checkpoint, or cut short: without a magic its %zu bytes would have to be "
-            "exactly what llama2.c's version 0 implies", path, m->file.size);
+            "what llama2.c's version 0 implies", path, m->file.size);
 }
 
 // What people try that is something else.
@@ -697,13 +694,13 @@ static void refuse_strangers(const File *f) {
 static Model open_model(const char *path) {
     Model m = {.file = open_file(path)};
     refuse_strangers(&m.file);
-    if (m.file.size >= MAGIC && memcmp(m.file.at, magic, MAGIC) == 0)
+    if (m.file.size >= sizeof magic && memcmp(m.file.at, magic, sizeof magic) == 0)
         open_ours(&m);
     else if (m.file.size >= 8 && read_u32(m.file.at) == LLAMA2C_MAGIC)
         open_version_1(&m);
     else
         open_version_0(&m);
-    if (m.config.tied)
+    if (m.config.flags & TIED)
         m.classifier = m.embedding;
     // Read ahead in big steps; pages are only asked for, so a model larger than memory still runs.
     madvise((void *)(uintptr_t)m.file.at, m.file.size, MADV_WILLNEED);
@@ -1203,8 +1200,20 @@ INLINE f32v exponential(f32v x) {
 // A vector of which only the first n lanes are in memory; the others are 0.
 INLINE f32v load_some(const float *x, int n) {
     float all[WIDTH] = {0};
+    if (n >= WIDTH)
+        return load_f32(x);
     memcpy(all, x, (size_t)n * sizeof *x);
     return load_f32(all);
+}
+
+INLINE void store_some(float *out, f32v v, int n) {
+    float all[WIDTH];
+    if (n >= WIDTH) {
+        store_f32(out, v);
+    } else {
+        store_f32(all, v);
+        memcpy(out, all, (size_t)n * sizeof *out);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1288,16 +1297,6 @@ INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
             w.p[p] = (IntPart)(((BitPart)w.p[p] >> (i % 2 * 4)) & NIBBLES);
     }
     return w;
-}
-
-INLINE void store_some(float *out, f32v v, int n) {
-    float all[WIDTH];
-    if (n >= WIDTH) {
-        store_f32(out, v);
-    } else {
-        store_f32(all, v);
-        memcpy(out, all, (size_t)n * sizeof *out);
-    }
 }
 
 // P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer sum). Lanes are
@@ -1769,6 +1768,8 @@ typedef struct {
     float *mix;         // (queries, head_pad)   values mixed by weight
     float *keys;        // (BLOCK, head_pad) each: a block of an f16 cache as floats
     float *values;
+    int first[8];       // positions of the block that a query sees, from here
+    int end[8];         // to here
     float peak[8];      // largest score
     float total[8];     // sum of weights
 } Desk;
@@ -1823,10 +1824,10 @@ static float exp_of(float x) {
     return all[0];
 }
 
-// Scores of query j to weights. It sees positions first to end of the block; the vectors of scores
-// that the tile has cover v0 to v1. What it does not see gets weight 0.
-static void weigh(Desk *d, int j, int first, int end, int v0, int v1) {
+// Scores of query j, vectors v0 to v1 of them, to weights; what it does not see gets weight 0.
+static void weigh(Desk *d, int j, int v0, int v1) {
     float *w = d->weight + j * BLOCK;
+    int first = d->first[j], end = d->end[j];
     for (int p = v0 * WIDTH; p < least(first, v1 * WIDTH); p++)
         w[p] = -INFINITY;
     for (int p = most(end, v0 * WIDTH); p < v1 * WIDTH; p++)
@@ -1848,46 +1849,49 @@ static void weigh(Desk *d, int j, int first, int end, int v0, int v1) {
     d->total[j] = join(total);
 }
 
-// One block for Q queries; query j sees positions first[j] to end[j] of it. Afterwards the desk holds
-// their peaks, totals and mixes.
-INLINE void answer_tile(Desk *d, const void *keys, const void *values, const int *first,
-                        const int *end, int head_dim, int head_pad, bool half, const int Q) {
+// One block for Q queries. Afterwards the desk holds their peaks, totals and mixes.
+INLINE void answer_tile(Desk *d, const void *keys, const void *values, const Cache *c, bool half,
+                        const int Q) {
     const int V = A_SUMS / Q < 1 ? 1 : A_SUMS / Q > 4 ? 4 : A_SUMS / Q;
-    int low = BLOCK, high = 0;
+    int low = BLOCK, high = 0, dim = c->head_dim, pad = c->head_pad, i = 0;
     for (int j = 0; j < Q; j++) {
-        low = least(low, first[j] < end[j] ? first[j] : BLOCK);
-        high = most(high, end[j]);
+        low = least(low, d->first[j] < d->end[j] ? d->first[j] : BLOCK);
+        high = most(high, d->end[j]);
     }
     low = least(low, high);
     int v0 = low / WIDTH, v1 = (high + WIDTH - 1) / WIDTH, v = v0;
     for (; v + V <= v1; v += V)
-        score_tile(d, keys, v, head_dim, head_pad, half, Q, V);
+        score_tile(d, keys, v, dim, pad, half, Q, V);
     for (; v < v1; v++)
-        score_tile(d, keys, v, head_dim, head_pad, half, Q, 1);
+        score_tile(d, keys, v, dim, pad, half, Q, 1);
     for (int j = 0; j < Q; j++)
-        weigh(d, j, first[j], end[j], v0, v1);
-    int i = 0;
-    for (; i + V * WIDTH <= head_pad; i += V * WIDTH)
-        mix_tile(d, values, i, low, high, head_pad, half, Q, V);
-    for (; i < head_pad; i += WIDTH)
-        mix_tile(d, values, i, low, high, head_pad, half, Q, 1);
+        weigh(d, j, v0, v1);
+    for (; i + V * WIDTH <= pad; i += V * WIDTH)
+        mix_tile(d, values, i, low, high, pad, half, Q, V);
+    for (; i < pad; i += WIDTH)
+        mix_tile(d, values, i, low, high, pad, half, Q, 1);
 }
 
 // The same, for a number of queries and a type of cache known only now.
-static void answer(Desk *d, const void *keys, const void *values, const int *first,
-                   const int *end, const Cache *c, bool half, int queries) {
-    int dim = c->head_dim, pad = c->head_pad;
+static void answer(Desk *d, const void *keys, const void *values, const Cache *c, bool half,
+                   int queries) {
     switch (queries * 2 + half) {
-    case 2:  answer_tile(d, keys, values, first, end, dim, pad, false, 1); break;
-    case 3:  answer_tile(d, keys, values, first, end, dim, pad, true, 1);  break;
-    case 4:  answer_tile(d, keys, values, first, end, dim, pad, false, 2); break;
-    case 5:  answer_tile(d, keys, values, first, end, dim, pad, true, 2);  break;
-    case 8:  answer_tile(d, keys, values, first, end, dim, pad, false, 4); break;
-    case 9:  answer_tile(d, keys, values, first, end, dim, pad, true, 4);  break;
-    case 16: answer_tile(d, keys, values, first, end, dim, pad, false, 8); break;
-    case 17: answer_tile(d, keys, values, first, end, dim, pad, true, 8);  break;
+    case 2:  answer_tile(d, keys, values, c, false, 1); break;
+    case 3:  answer_tile(d, keys, values, c, true, 1);  break;
+    case 4:  answer_tile(d, keys, values, c, false, 2); break;
+    case 5:  answer_tile(d, keys, values, c, true, 2);  break;
+    case 8:  answer_tile(d, keys, values, c, false, 4); break;
+    case 9:  answer_tile(d, keys, values, c, true, 4);  break;
+    case 16: answer_tile(d, keys, values, c, false, 8); break;
+    case 17: answer_tile(d, keys, values, c, true, 8);  break;
     default: assert(!"1, 2, 4 or 8 queries");
     }
+}
+
+// n numbers of an f16 cache as floats.
+static void widen(float *out, const void *halves, int n) {
+    for (int i = 0; i < n; i += WIDTH)
+        store_f32(out + i, load_f16((const uint16_t *)halves + i));
 }
 
 // What a query has gathered so far; the mix of values is relative to the peak. Nothing: total 0.
@@ -2052,317 +2056,295 @@ static void open_state(State *s, const Model *m, Pool *pool, Room room) {
 
 static void close_state(State *s) { close_arena(&s->arena); }
 
-// The steps of a layer work on rows of the batch, one row a token. Many rows are shared out among the
-// threads, a few are done at once by the caller.
-typedef struct {
-    State *s;
-    const Step *steps;
-    int l, n;
-    const Tensor *norm;
-} Rows;
+// Work on the rows of a batch, one row a token. Many rows are shared out among the threads; a few are
+// done at once by the caller.
+typedef struct Rows Rows;
+typedef void RowWork(const Rows *r, int t);
 
-static void each_row(Rows *r, Work *work) {
+struct Rows {
+    State *s;
+    const Config *config;
+    const Step *steps;     // (n)
+    int n;
+    int l;                 // the layer
+    RowWork *work;
+    const Tensor *weight;  // of the norm
+    int runs;              // of attention, see there
+    int parts;
+};
+
+static void do_rows(void *job, int thread, int first, int end) {
+    (void)thread;
+    const Rows *r = job;
+    for (int t = first; t < end; t++)
+        r->work(r, t);
+}
+
+static void each_row(Rows *r, RowWork *work) {
     enum { FEW = 8 };
+    r->work = work;
     if (r->n <= FEW)
-        work(r, 0, 0, r->n);
+        do_rows(r, 0, 0, r->n);
     else
-        parallel(r->s->pool, r->n, work, r);
+        parallel(r->s->pool, r->n, do_rows, r);
+}
+
+static float *row(float *rows, int t, int width) { return rows + (size_t)t * (size_t)width; }
+
+static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
+
+static const Layer *layer_of(const Rows *r) { return &r->s->model->layers[r->l]; }
+
+// Which head of the whole cache a step's key/value head in this layer is.
+static size_t cache_head(const Rows *r, int t, int kv_head) {
+    size_t layer = (size_t)r->steps[t].slot * (size_t)r->config->n_layers + (size_t)r->l;
+    return layer * (size_t)r->config->n_kv_heads + (size_t)kv_head;
 }
 
 // out = x / rms(x) * weight, rms(x) = sqrt(mean of squares + eps) (Zhang & Sennrich 2019).
-static void rmsnorm(float *out, const float *x, const float *weight, int n, float eps) {
+static void rmsnorm(float *out, const float *x, const Tensor *weight, float eps) {
     f32v squares = spread(0);
-    int whole = n / WIDTH * WIDTH;
+    int n = weight->cols, whole = n / WIDTH * WIDTH;
     for (int i = 0; i < whole; i += WIDTH)
         squares = fma16(load_f32(x + i), load_f32(x + i), squares);
     f32v rest = load_some(x + whole, n - whole);
     squares = fma16(rest, rest, squares);
     float scale = 1 / sqrtf(join(squares) / (float)n + eps);
     for (int i = 0; i < n; i++)
-        out[i] = x[i] * scale * weight[i];
+        out[i] = x[i] * scale * vector(weight)[i];
 }
 
-static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
-
 // in = norm(x)
-static void norm_rows(void *job, int thread, int first, int end) {
-    (void)thread;
-    const Rows *r = job;
-    State *s = r->s;
-    const Config *c = &s->model->config;
-    for (int t = first; t < end; t++) {
-        size_t at = (size_t)t * (size_t)c->dim;
-        rmsnorm(s->in.x + at, s->x + at, vector(r->norm), c->dim, c->norm_eps);
-        prepare(&s->in, t, c->dim, c->type);
-    }
+static void norm_row(const Rows *r, int t) {
+    const Config *c = r->config;
+    rmsnorm(row(r->s->in.x, t, c->dim), row(r->s->x, t, c->dim), r->weight, c->norm_eps);
+    prepare(&r->s->in, t, c->dim, c->type);
 }
 
 // x += branch
-static void add_rows(void *job, int thread, int first, int end) {
-    (void)thread;
-    State *s = ((Rows *)job)->s;
-    size_t dim = (size_t)s->model->config.dim;
-    for (size_t i = (size_t)first * dim; i < (size_t)end * dim; i++)
-        s->x[i] += s->branch[i];
+static void add_row(const Rows *r, int t) {
+    float *x = row(r->s->x, t, r->config->dim), *branch = row(r->s->branch, t, r->config->dim);
+    for (int i = 0; i < r->config->dim; i++)
+        x[i] += branch[i];
 }
 
 // in = silu(h1) * h2, silu(x) = x / (1 + e^-x) (Shazeer 2020).
-static void swiglu_rows(void *job, int thread, int first, int end) {
-    (void)thread;
-    State *s = ((Rows *)job)->s;
-    const Config *c = &s->model->config;
-    for (int t = first; t < end; t++) {
-        size_t at = (size_t)t * (size_t)c->hidden_dim;
-        for (int i = 0; i < c->hidden_dim; i += WIDTH) {
-            int n = least(WIDTH, c->hidden_dim - i);
-            f32v gate = n == WIDTH ? load_f32(s->h1 + at + i) : load_some(s->h1 + at + i, n);
-            f32v up = n == WIDTH ? load_f32(s->h2 + at + i) : load_some(s->h2 + at + i, n);
-            f32v falling = exponential(sub(spread(0), gate));
-            store_some(s->in.x + at + i, mul(over(gate, add(spread(1), falling)), up), n);
-        }
-        prepare(&s->in, t, c->hidden_dim, c->type);
+static void swiglu_row(const Rows *r, int t) {
+    int n = r->config->hidden_dim;
+    float *h1 = row(r->s->h1, t, n), *h2 = row(r->s->h2, t, n), *out = row(r->s->in.x, t, n);
+    for (int i = 0; i < n; i += WIDTH) {
+        f32v gate = load_some(h1 + i, n - i), up = load_some(h2 + i, n - i);
+        f32v falling = exponential(sub(spread(0), gate));
+        store_some(out + i, mul(over(gate, add(spread(1), falling)), up), n - i);
     }
+    prepare(&r->s->in, t, n, r->config->type);
 }
 
 // Turn each pair of a head by its angle: (a, b) becomes (a cos - b sin, a sin + b cos). A query and a
-// key turned so meet in a product that depends only on how far apart they are.
+// key turned so meet in a product that depends only on how far apart they are (Su et al. 2021).
 static void rotate(float *head, const float *angles, const Config *c) {
-    int pairs = c->head_dim / 2, step = c->neighbours ? 2 : 1, apart = c->neighbours ? 1 : pairs;
+    bool neighbours = c->flags & NEIGHBOURS;
+    int pairs = c->head_dim / 2, step = neighbours ? 2 : 1, apart = neighbours ? 1 : pairs;
     for (int i = 0; i < pairs; i++) {
         float *a = head + i * step, *b = a + apart;
-        float cosine = angles[i], sine = angles[pairs + i];
-        float turned = *a * cosine - *b * sine;
+        float cosine = angles[i], sine = angles[pairs + i], turned = *a * cosine - *b * sine;
         *b = *a * sine + *b * cosine;
         *a = turned;
     }
 }
 
 static void add_bias(float *x, const Tensor *bias) {
-    for (int i = 0; i < bias->cols && bias->rows; i++)
+    for (int i = 0; bias->rows && i < bias->cols; i++)
         x[i] += vector(bias)[i];
 }
 
-// Queries and keys of a token turned to its position, keys and values into the cache.
-static void place_rows(void *job, int thread, int first, int end) {
-    (void)thread;
-    const Rows *r = job;
-    State *s = r->s;
-    const Config *c = &s->model->config;
-    const Layer *w = &s->model->layers[r->l];
-    for (int t = first; t < end; t++) {
-        const float *angles = s->angles + (size_t)t * (size_t)c->head_dim;
-        float *q = s->q + (size_t)t * (size_t)q_dim(c);
-        float *k = s->k + (size_t)t * (size_t)kv_dim(c), *v = s->v + (size_t)t * (size_t)kv_dim(c);
-        add_bias(q, &w->bq);
-        add_bias(k, &w->bk);
-        add_bias(v, &w->bv);
-        for (int h = 0; h < c->n_heads; h++, q += c->head_dim) {
-            if (c->head_norms)
-                rmsnorm(q, q, vector(&w->q_norm), c->head_dim, c->norm_eps);
-            rotate(q, angles, c);
-        }
-        size_t head = ((size_t)r->steps[t].slot * (size_t)c->n_layers + (size_t)r->l)
-                      * (size_t)c->n_kv_heads;
-        for (int h = 0; h < c->n_kv_heads; h++, k += c->head_dim, v += c->head_dim, head++) {
-            if (c->head_norms)
-                rmsnorm(k, k, vector(&w->k_norm), c->head_dim, c->norm_eps);
-            rotate(k, angles, c);
-            cache_key(&s->cache, head, r->steps[t].pos, k);
-            cache_value(&s->cache, head, r->steps[t].pos, v);
-        }
+// n query or key heads with their norm, if the model has one, turned to the step's position.
+static void place_heads(const Rows *r, int t, float *heads, int n, const Tensor *norm) {
+    const Config *c = r->config;
+    for (int h = 0; h < n; h++, heads += c->head_dim) {
+        if (c->flags & HEAD_NORMS)
+            rmsnorm(heads, heads, norm, c->norm_eps);
+        rotate(heads, row(r->s->angles, t, c->head_dim), c);
     }
 }
 
-static void angle_rows(void *job, int thread, int first, int end) {
-    (void)thread;
-    const Rows *r = job;
+// Queries, keys and values of a step made ready, the latter two put into the cache.
+static void place_row(const Rows *r, int t) {
     State *s = r->s;
-    int pairs = s->model->config.head_dim / 2;
-    for (int t = first; t < end; t++) {
-        float *angles = s->angles + (size_t)t * (size_t)pairs * 2;
-        for (int i = 0; i < pairs; i++) {
-            double angle = r->steps[t].pos * s->frequency[i];
-            angles[i] = (float)cos(angle);
-            angles[pairs + i] = (float)sin(angle);
-        }
+    const Config *c = r->config;
+    const Layer *w = layer_of(r);
+    float *q = row(s->q, t, q_dim(c)), *k = row(s->k, t, kv_dim(c)), *v = row(s->v, t, kv_dim(c));
+    add_bias(q, &w->bq);
+    add_bias(k, &w->bk);
+    add_bias(v, &w->bv);
+    place_heads(r, t, q, c->n_heads, &w->q_norm);
+    place_heads(r, t, k, c->n_kv_heads, &w->k_norm);
+    for (int h = 0; h < c->n_kv_heads; h++) {
+        size_t head = cache_head(r, t, h);
+        cache_key(&s->cache, head, r->steps[t].pos, k + h * c->head_dim);
+        cache_value(&s->cache, head, r->steps[t].pos, v + h * c->head_dim);
     }
 }
 
-static void embed_rows(void *job, int thread, int first, int end) {
-    (void)thread;
-    const Rows *r = job;
+// Cosines and sines of a step's position.
+static void angle_row(const Rows *r, int t) {
+    int pairs = r->config->head_dim / 2;
+    float *angles = row(r->s->angles, t, 2 * pairs);
+    for (int i = 0; i < pairs; i++) {
+        double angle = r->steps[t].pos * r->s->frequency[i];
+        angles[i] = (float)cos(angle);
+        angles[pairs + i] = (float)sin(angle);
+    }
+}
+
+static void embed_row(const Rows *r, int t) {
     const Tensor *w = &r->s->model->embedding;
-    for (int t = first; t < end; t++)
-        types[w->type].unpack(r->s->x + (size_t)t * (size_t)w->cols, w, r->steps[t].id);
+    types[w->type].unpack(row(r->s->x, t, w->cols), w, r->steps[t].id);
 }
 
-// Attention, cut into items: a run of steps times a key/value head, and for a few steps also times a
-// block, so that a long context of one token can be shared out.
-typedef struct {
-    Rows rows;
-    int runs;
-    int parts;  // an answer is gathered from: 1, or one for each block
-} Attention;
-
-// What step t's head has gathered in a part: peak, total and mix lie side by side.
-static Answer answer_at(const Attention *a, int t, int part, int head) {
-    const State *s = a->rows.s;
-    size_t heads = (size_t)s->model->config.n_heads;
-    size_t at = ((size_t)t * (size_t)a->parts + (size_t)part) * heads + (size_t)head;
-    float *record = s->answers + at * (size_t)(s->cache.head_pad + 2);
+// Attention is cut into items: a run of steps times a key/value head, and for a few steps also times a
+// block, so that a long context of one token can be shared out. What a step's head has gathered lies in
+// `parts` records, one for each block then: peak, total and mix side by side.
+static Answer answer_at(const Rows *r, int t, int part, int head) {
+    size_t at = ((size_t)t * (size_t)r->parts + (size_t)part) * (size_t)r->config->n_heads;
+    float *record = r->s->answers + (at + (size_t)head) * (size_t)(r->s->cache.head_pad + 2);
     return (Answer){record, record + 1, record + 2};
 }
 
 // The first position that step t sees.
 static int first_seen(const Rows *r, int t) {
-    int window = r->s->model->config.window;
+    int window = r->config->window;
     return window ? most(0, r->steps[t].pos - window + 1) : 0;
 }
 
-// Queries side by side on the desk, scaled: heads of one key/value head, step after step.
-static void gather_queries(Desk *d, const Rows *r, int t0, int kv_head, int j0, int queries) {
-    const Config *c = &r->s->model->config;
-    int group = c->n_heads / c->n_kv_heads;
+// The j-th query of a run and a key/value head: its step and its head.
+typedef struct { int t, head; } Query;
+
+static Query query_of(const Rows *r, Run run, int kv_head, int j) {
+    int group = r->config->n_heads / r->config->n_kv_heads;
+    return (Query){run.first + j / group, kv_head * group + j % group};
+}
+
+// Queries side by side on the desk, scaled, and what each sees of the block.
+static void gather_query(const Rows *r, Desk *d, Query q, int block, int j, int queries) {
+    const Config *c = r->config;
+    const float *from = row(r->s->q, q.t, q_dim(c)) + q.head * c->head_dim;
     float scale = 1 / sqrtf((float)c->head_dim);
-    for (int j = 0; j < queries; j++) {
-        size_t row = (size_t)(t0 + (j0 + j) / group);
-        int head = kv_head * group + (j0 + j) % group;
-        const float *q = r->s->q + row * (size_t)q_dim(c) + (size_t)head * (size_t)c->head_dim;
-        for (int i = 0; i < c->head_dim; i++)
-            d->q[i * queries + j] = q[i] * scale;
-    }
+    for (int i = 0; i < c->head_dim; i++)
+        d->q[i * queries + j] = from[i] * scale;
+    d->first[j] = most(0, first_seen(r, q.t) - block * BLOCK);
+    d->end[j] = most(0, least(r->steps[q.t].pos + 1 - block * BLOCK, BLOCK));
 }
 
 // The block's answers for all queries of a run and a key/value head go to their records.
-static void attend_block(const Attention *a, Desk *d, Run run, int kv_head, int block,
+static void attend_block(const Rows *r, Desk *d, Run run, int kv_head, int block,
                          const void *keys, const void *values, bool half) {
-    const Rows *r = &a->rows;
-    const Config *c = &r->s->model->config;
-    int group = c->n_heads / c->n_kv_heads, all = run.n * group;
-    for (int j0 = 0, queries; j0 < all; j0 += queries) {
-        int first[8], end[8], left = all - j0;
-        queries = left >= A_QUERIES ? A_QUERIES : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        for (int j = 0; j < queries; j++) {
-            int t = run.first + (j0 + j) / group;
-            first[j] = most(0, first_seen(r, t) - block * BLOCK);
-            end[j] = most(0, least(r->steps[t].pos + 1 - block * BLOCK, BLOCK));
-        }
-        gather_queries(d, r, run.first, kv_head, j0, queries);
-        answer(d, keys, values, first, end, &r->s->cache, half, queries);
-        for (int j = 0; j < queries; j++) {
-            int t = run.first + (j0 + j) / group, head = kv_head * group + (j0 + j) % group;
-            Answer gathered = answer_at(a, t, a->parts > 1 ? block : 0, head);
-            Answer new = {&d->peak[j], &d->total[j], d->mix + j * r->s->cache.head_pad};
-            merge(&gathered, &new, c->head_dim);
+    int all = run.n * (r->config->n_heads / r->config->n_kv_heads);
+    for (int j0 = 0, n; j0 < all; j0 += n) {
+        n = all - j0 >= A_QUERIES ? A_QUERIES : all - j0 >= 4 ? 4 : all - j0 >= 2 ? 2 : 1;
+        for (int j = 0; j < n; j++)
+            gather_query(r, d, query_of(r, run, kv_head, j0 + j), block, j, n);
+        answer(d, keys, values, &r->s->cache, half, n);
+        for (int j = 0; j < n; j++) {
+            Query q = query_of(r, run, kv_head, j0 + j);
+            Answer gathered = answer_at(r, q.t, r->parts > 1 ? block : 0, q.head);
+            Answer new = {&d->peak[j], &d->total[j], row(d->mix, j, r->s->cache.head_pad)};
+            merge(&gathered, &new, r->config->head_dim);
         }
     }
-}
-
-// n vectors of an f16 cache as floats.
-static void widen(float *out, const void *halves, int n) {
-    for (int i = 0; i < n * WIDTH; i += WIDTH)
-        store_f32(out + i, load_f16((const uint16_t *)halves + i));
 }
 
 // A block of the cache for all queries of a run; for many queries an f16 cache is made floats first.
-static void visit_block(const Attention *a, Desk *d, Run run, int kv_head, int block) {
-    const State *s = a->rows.s;
-    const Config *c = &s->model->config;
-    const Cache *cache = &s->cache;
-    const Step *last = &a->rows.steps[run.first + run.n - 1];
-    size_t head = ((size_t)last->slot * (size_t)c->n_layers + (size_t)a->rows.l)
-                  * (size_t)c->n_kv_heads + (size_t)kv_head;
-    size_t at = head * cache->head_bytes
+static void visit_block(const Rows *r, Desk *d, Run run, int kv_head, int block) {
+    const Cache *cache = &r->s->cache;
+    int last = run.first + run.n - 1, group = r->config->n_heads / r->config->n_kv_heads;
+    size_t at = cache_head(r, last, kv_head) * cache->head_bytes
               + (size_t)block * BLOCK * (size_t)cache->head_pad * (cache->half ? 2 : 4);
     const char *keys = cache->keys + at, *values = cache->values + at;
-    bool widened = cache->half && run.n * (c->n_heads / c->n_kv_heads) >= 4 * A_QUERIES;
-    if (widened) {
-        int seen = (int)round_up((size_t)least(BLOCK, last->pos + 1 - block * BLOCK), WIDTH);
-        widen(d->keys, keys, seen * cache->head_pad / WIDTH);
-        widen(d->values, values, seen * cache->head_pad / WIDTH);
-        attend_block(a, d, run, kv_head, block, d->keys, d->values, false);
-    } else {
-        attend_block(a, d, run, kv_head, block, keys, values, cache->half);
+    if (!cache->half || run.n * group < 4 * A_QUERIES) {
+        attend_block(r, d, run, kv_head, block, keys, values, cache->half);
+        return;
     }
+    int seen = (int)round_up((size_t)least(BLOCK, r->steps[last].pos + 1 - block * BLOCK), WIDTH);
+    widen(d->keys, keys, seen * cache->head_pad);
+    widen(d->values, values, seen * cache->head_pad);
+    attend_block(r, d, run, kv_head, block, d->keys, d->values, false);
 }
 
 static void attend_items(void *job, int thread, int first, int end) {
-    const Attention *a = job;
-    const Rows *r = &a->rows;
-    const Config *c = &r->s->model->config;
-    int group = c->n_heads / c->n_kv_heads;
+    const Rows *r = job;
+    const Config *c = r->config;
     for (int i = first; i < end; i++) {
-        Run run = r->s->runs[i / a->parts / c->n_kv_heads];
-        int kv_head = i / a->parts % c->n_kv_heads, part = i % a->parts;
-        for (int j = 0; j < run.n * group; j++)
-            *answer_at(a, run.first + j / group, part, kv_head * group + j % group).total = 0;
+        Run run = r->s->runs[i / r->parts / c->n_kv_heads];
+        int kv_head = i / r->parts % c->n_kv_heads, part = i % r->parts;
+        for (int j = 0; j < run.n * (c->n_heads / c->n_kv_heads); j++) {
+            Query q = query_of(r, run, kv_head, j);
+            *answer_at(r, q.t, part, q.head).total = 0;
+        }
         int from = first_seen(r, run.first) / BLOCK;
-        int last = r->steps[run.first + run.n - 1].pos / BLOCK;
-        for (int block = from; block <= last; block++)
-            if (a->parts == 1 || block == part)
-                visit_block(a, &r->s->desks[thread], run, kv_head, block);
+        int to = r->steps[run.first + run.n - 1].pos / BLOCK;
+        for (int block = r->parts > 1 ? most(from, part) : from; block <= to; block++) {
+            visit_block(r, &r->s->desks[thread], run, kv_head, block);
+            if (r->parts > 1)
+                break;
+        }
     }
 }
 
 // in = the answers: parts merged in order, mixes divided by their totals
-static void finish_rows(void *job, int thread, int first, int end) {
-    (void)thread;
-    const Attention *a = job;
-    State *s = a->rows.s;
-    const Config *c = &s->model->config;
-    for (int t = first; t < end; t++) {
-        float *out = s->in.x + (size_t)t * (size_t)q_dim(c);
-        for (int h = 0; h < c->n_heads; h++, out += c->head_dim) {
-            Answer whole = answer_at(a, t, 0, h);
-            for (int part = 1; part < a->parts; part++) {
-                Answer next = answer_at(a, t, part, h);
-                merge(&whole, &next, c->head_dim);
-            }
-            float share = 1 / *whole.total;
-            for (int i = 0; i < c->head_dim; i++)
-                out[i] = whole.mix[i] * share;
+static void finish_row(const Rows *r, int t) {
+    const Config *c = r->config;
+    float *out = row(r->s->in.x, t, q_dim(c));
+    for (int h = 0; h < c->n_heads; h++, out += c->head_dim) {
+        Answer whole = answer_at(r, t, 0, h);
+        for (int part = 1; part < r->parts; part++) {
+            Answer next = answer_at(r, t, part, h);
+            merge(&whole, &next, c->head_dim);
         }
-        prepare(&s->in, t, q_dim(c), c->type);
+        float share = 1 / *whole.total;
+        for (int i = 0; i < c->head_dim; i++)
+            out[i] = whole.mix[i] * share;
     }
+    prepare(&r->s->in, t, q_dim(c), c->type);
 }
 
-// Neighbours in one sequence, so few that a prompt still makes enough items for every thread.
-static int find_runs(const Rows *r) {
-    const Config *c = &r->s->model->config;
-    int longest = most(1, 128 * c->n_kv_heads / c->n_heads), runs = 0;
+// Steps that are neighbours in one sequence, in runs short enough that a prompt makes items for every
+// thread.
+static void find_runs(Rows *r) {
+    int longest = most(1, 128 * r->config->n_kv_heads / r->config->n_heads);
+    Run *run = r->s->runs - 1;
     for (int t = 0; t < r->n; t++) {
-        Run *run = &r->s->runs[runs - 1];
         const Step *step = &r->steps[t], *before = step - 1;
         if (t && run->n < longest && step->slot == before->slot && step->pos == before->pos + 1)
             run->n++;
         else
-            r->s->runs[runs++] = (Run){t, 1};
+            *++run = (Run){t, 1};
     }
-    return runs;
+    r->runs = (int)(run + 1 - r->s->runs);
 }
 
 // in = attention of the queries over the cache
-static void attend(const Rows *r) {
-    const Config *c = &r->s->model->config;
+static void attend(Rows *r) {
+    enum { WORTH_SHARING = 1 << 15 };  // multiply-adds, about as long as a meeting of the threads
     int deepest = 0;
-    int64_t positions = 0;
+    double positions = 0;
     for (int t = 0; t < r->n; t++) {
         deepest = most(deepest, r->steps[t].pos);
         positions += r->steps[t].pos + 1 - first_seen(r, t);
     }
-    Attention a = {*r, find_runs(r), r->n <= r->s->split ? deepest / BLOCK + 1 : 1};
-    int items = a.runs * c->n_kv_heads * a.parts;
-    enum { WORTH_SHARING = 1 << 15 };  // multiply-adds, about as long as a meeting of the threads
-    if (positions * q_dim(c) < WORTH_SHARING)
-        attend_items(&a, 0, 0, items);
+    find_runs(r);
+    r->parts = r->n <= r->s->split ? deepest / BLOCK + 1 : 1;
+    int items = r->runs * r->config->n_kv_heads * r->parts;
+    if (positions * q_dim(r->config) < WORTH_SHARING)
+        attend_items(r, 0, 0, items);
     else
-        parallel(r->s->pool, items, attend_items, &a);
-    each_row(&a.rows, finish_rows);
+        parallel(r->s->pool, items, attend_items, r);
+    each_row(r, finish_row);
 }
 
 static void norm_in(Rows *r, const Tensor *weight) {
-    r->norm = weight;
-    each_row(r, norm_rows);
+    r->weight = weight;
+    each_row(r, norm_row);
 }
 
 static void multiply(const Rows *r, Matmul m) {
@@ -2372,32 +2354,32 @@ static void multiply(const Rows *r, Matmul m) {
 
 static void attention_block(Rows *r) {
     State *s = r->s;
-    const Layer *w = &s->model->layers[r->l];
+    const Layer *w = layer_of(r);
     norm_in(r, &w->attention_norm);
     multiply(r, (Matmul){{{s->q, &w->wq}, {s->k, &w->wk}, {s->v, &w->wv}}, .count = 3});
-    each_row(r, place_rows);
+    each_row(r, place_row);
     attend(r);
     multiply(r, (Matmul){{{s->branch, &w->wo}}, .count = 1});
-    each_row(r, add_rows);
+    each_row(r, add_row);
 }
 
 static void feed_forward_block(Rows *r) {
     State *s = r->s;
-    const Layer *w = &s->model->layers[r->l];
+    const Layer *w = layer_of(r);
     norm_in(r, &w->ffn_norm);
     multiply(r, (Matmul){{{s->h1, &w->w1}, {s->h2, &w->w3}}, .count = 2});
-    each_row(r, swiglu_rows);
+    each_row(r, swiglu_row);
     multiply(r, (Matmul){{{s->branch, &w->w2}}, .count = 1});
-    each_row(r, add_rows);
+    each_row(r, add_row);
 }
 
 // n <= batch steps go through the layers. Afterwards the cache holds them and x their hidden states.
 static void forward(State *s, const Step *steps, int n) {
-    Rows r = {.s = s, .steps = steps, .n = n};
+    Rows r = {.s = s, .config = &s->model->config, .steps = steps, .n = n};
     assert(n >= 1 && n <= s->batch);
-    each_row(&r, embed_rows);
-    each_row(&r, angle_rows);
-    for (r.l = 0; r.l < s->model->config.n_layers; r.l++) {
+    each_row(&r, embed_row);
+    each_row(&r, angle_row);
+    for (r.l = 0; r.l < r.config->n_layers; r.l++) {
         attention_block(&r);
         feed_forward_block(&r);
     }
@@ -2405,11 +2387,10 @@ static void forward(State *s, const Step *steps, int n) {
 
 // (n, vocab) scores of the tokens that may follow steps first to first + n of the last forward().
 static float *logits(State *s, int first, int n) {
-    const Config *c = &s->model->config;
-    assert(n >= 1 && n <= s->logit_rows);
     State from = *s;  // a view of which row `first` is the first
-    from.x = s->x + (size_t)first * (size_t)c->dim;
-    Rows r = {.s = &from, .n = n};
+    from.x = row(s->x, first, s->model->config.dim);
+    Rows r = {.s = &from, .config = &s->model->config, .n = n};
+    assert(n >= 1 && n <= s->logit_rows);
     norm_in(&r, &s->model->final_norm);
     multiply(&r, (Matmul){{{s->logits, &s->model->classifier}}, .count = 1});
     return s->logits;
@@ -3315,10 +3296,10 @@ static float softmax(float *x, int n, float temperature) {
     for (int i = 0; i < n; i += WIDTH) {
         float part[WIDTH];
         int there = least(WIDTH, n - i);
-        f32v v = there == WIDTH ? load_f32(x + i) : load_some(x + i, there);
+        f32v v = load_some(x + i, there);
         store_f32(part, exponential(sub(v, spread(peak))));
         store_some(x + i, load_f32(part), there);
-        sum = add(sum, there == WIDTH ? load_f32(part) : load_some(part, there));
+        sum = add(sum, load_some(part, there));
     }
     float total = join(sum);
     for (int i = 0; i < n; i++)
@@ -3684,37 +3665,25 @@ static double parameters(const Model *m) {
     return sum;
 }
 
-// What the checkpoint and the tokenizer hold, and the memory they take.
+// What the checkpoint and the tokenizer hold, and the memory they take: one `name value` a line.
 static void run_info(Session *s) {
     const Config *c = &s->model.config;
     FILE *out = s->out.file;
-    static const char *const scalings[SCALINGS] = {"none", "linear", "llama3"};
     int context = s->options->context ? least((int)s->options->context, c->max_seq_len)
                                       : c->max_seq_len;
     Room room = {context, 1, 1, default_batch(c)};
-    fprintf(out, "file            %s\nformat          %s\n", s->model.file.path, s->model.form);
-    fprintf(out, "weights         %s\nparameters      %.0f\n", types[c->type].name,
-            parameters(&s->model));
-    for (int i = 0; i < COUNT(limits); i++)
-        fprintf(out, "%-15s %d\n", limits[i].name, *limited((Config *)c, i));
-    fprintf(out, "sliding window  %d\nclassifier      %s\nbiases          %s\nhead norms      %s\n",
-            c->window, c->tied ? "the embedding" : "its own", c->biases ? "q k v" : "none",
-            c->head_norms ? "q k" : "none");
-    fprintf(out, "norm_eps        %g\nrope_theta      %g\nRoPE pairs      %s\nRoPE scaling    %s\n",
-            (double)c->norm_eps, (double)c->rope_theta, c->neighbours ? "neighbours" : "halves",
-            scalings[c->scaling]);
-    fprintf(out, "weights, MB     %.1f\nstate, MB       %.1f\nthreads         %d\n",
-            (double)s->model.file.size / 1e6,
+    fprintf(out, "file %s\nformat %s\nweights %s\nparameters %.0f\n", s->model.file.path,
+            s->model.form, types[c->type].name, parameters(&s->model));
+    for (int i = 1; i < COUNT(fields); i++)
+        fprintf(out, "%s %.10g\n", fields[i].name, field_value(c, &fields[i]));
+    fprintf(out, "weights %.1f MB\nstate %.1f MB\nthreads %d\n", (double)s->model.file.size / 1e6,
             (double)state_bytes(&s->model, &s->pool, room) / 1e6, s->pool.threads);
     need_tokenizer(s);
     const TokenizerHeader *t = &s->tokenizer.header;
-    static const char *const kinds[] = {"SentencePiece BPE", "byte-level BPE"};
-    fprintf(out, "tokenizer       %s\nkind            %s\ntokens          %u\nBOS             %d\n",
-            s->tokenizer_path, kinds[t->kind], t->n_tokens, t->bos);
+    fprintf(out, "tokenizer %s\nkind %s\ntokens %u\nbos %d\n", s->tokenizer_path,
+            t->kind == SENTENCEPIECE ? "SentencePiece" : "byte-level", t->n_tokens, t->bos);
     for (uint32_t i = 0; i < t->n_ends; i++)
-        fprintf(out, "ends            %d\n", t->ends[i]);
-    if (ferror(out))
-        fail_output(&s->out);
+        fprintf(out, "end %d\n", t->ends[i]);
 }
 
 // Writing the model in another type, panel by panel.
@@ -3776,30 +3745,6 @@ static void write_packed(Session *s, const Tensor *w, Type type, const char *nam
     free(p.rows);
 }
 
-static void put_u32(uint8_t *at, uint32_t v) { memcpy(at, &v, sizeof v); }
-static void put_f32(uint8_t *at, float v) { memcpy(at, &v, sizeof v); }
-
-// The header of our format, the size of the file apart.
-static void make_header(uint8_t *h, const Config *config) {
-    Config c = *config;
-    memset(h, 0, HEADER);
-    memcpy(h, magic, MAGIC);
-    put_u32(h + 8, 1);
-    put_u32(h + 12, c.type);
-    for (int i = 0; i < COUNT(limits); i++)
-        put_u32(h + 16 + 4 * i, (uint32_t)*limited(&c, i));
-    put_u32(h + 48, (uint32_t)c.window);
-    put_u32(h + 52, (c.tied ? TIED : 0) | (c.biases ? BIASES : 0) | (c.head_norms ? HEAD_NORMS : 0)
-                    | (c.neighbours ? NEIGHBOURS : 0));
-    put_f32(h + 56, c.norm_eps);
-    put_f32(h + 60, c.rope_theta);
-    put_u32(h + 64, c.scaling);
-    put_f32(h + 68, c.factor);
-    put_f32(h + 72, c.low_freq_factor);
-    put_f32(h + 76, c.high_freq_factor);
-    put_u32(h + 80, (uint32_t)c.original_context);
-}
-
 // One tensor, from the next 64-byte boundary on; returns where it ends.
 static uint64_t write_tensor(Session *s, SlotId id, int layer, Type type, uint64_t at, double *sums,
                              Progress *progress) {
@@ -3831,7 +3776,7 @@ static void run_quantize(Session *s) {
     double sums[SLOTS][2] = {0};
     uint8_t header[HEADER];
     uint64_t at = HEADER;
-    make_header(header, &c);
+    make_header(header, &c, 0);
     write_bytes(&s->out, header, HEADER);
     Progress progress = start_progress("quantizing");
     at = write_tensor(s, EMBEDDING, 0, type, at, sums[EMBEDDING], &progress);
@@ -3841,9 +3786,10 @@ static void run_quantize(Session *s) {
     at = write_tensor(s, FINAL_NORM, 0, type, at, sums[FINAL_NORM], &progress);
     at = write_tensor(s, CLASSIFIER, 0, type, at, sums[CLASSIFIER], &progress);
     end_progress(&progress);
-    if (fseek(s->out.file, 248, SEEK_SET) != 0)
+    make_header(header, &c, at);
+    if (fseek(s->out.file, 0, SEEK_SET) != 0)
         fail_output(&s->out);
-    write_bytes(&s->out, &at, sizeof at);
+    write_bytes(&s->out, header, HEADER);
     for (SlotId i = 0; i < SLOTS && o->verbose; i++)
         if (sums[i][1] > 0)
             fprintf(stderr, "%-15s relative root mean square error %.5f\n", slots[i].name,
@@ -3953,7 +3899,7 @@ static double token_products(const Model *m, double *bytes) {
     *bytes = 0;
     for (SlotId i = 0; i < SLOTS; i++) {
         Tensor w = blank_tensor(c, i);
-        if (!has_slot(c, i) || (i == EMBEDDING && !c->tied))
+        if (!has_slot(c, i) || (i == EMBEDDING && !(c->flags & TIED)))
             continue;
         double layers = slots[i].per_layer ? c->n_layers : 1;
         *bytes += layers * (double)tensor_bytes(&w);
