@@ -317,6 +317,8 @@ static void end_progress(const Progress *p) {
 
 typedef enum { F32, BF16, F16, Q8, Q4, TYPES } Type;
 
+static const char *const type_names[TYPES] = {"f32", "bf16", "f16", "q8", "q4"};
+
 typedef struct {          // weights as they lie in the file; rows go with outputs, columns with inputs
     Type type;
     int rows, cols;       // a vector is one row; 0 rows: the model does not have it
@@ -1306,8 +1308,9 @@ INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
 // Read as a float the result is ROUNDER + sum, and s * (ROUNDER + sum) - s * ROUNDER, fused, is the
 // s * sum rounded once that a conversion and a product would give: 1 instruction for 2. It saves
 // 1 in 11 of the loop's instructions (prompts of 1.1B q8: 7 % faster).
-INLINE void q_tile(float *out, int rows, const Tensor *w, int panel, const Inputs *in, int t0,
-                   Type type, const int P, const int T) {
+INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int t0, Type type,
+                   const int P, const int T) {
+    const int rows = w->rows;
     const int groups = (int)group_count(w->cols);
     const size_t step = panel_bytes(type, w->cols), scales = line_bytes(type, w->cols);
     const size_t lines = group_lines(type) * LINE;
@@ -1356,19 +1359,17 @@ INLINE void q_panels(float *out, const Tensor *w, int panel, const Inputs *in, i
                      const int P) {
     int t = 0;
     for (; n - t >= Q_TOKENS; t += Q_TOKENS)
-        q_tile(out, w->rows, w, panel, in, t, type, P, Q_TOKENS);
+        q_tile(out, w, panel, in, t, type, P, Q_TOKENS);
     for (; n - t >= 4; t += 4)
-        q_tile(out, w->rows, w, panel, in, t, type, P, 4);
+        q_tile(out, w, panel, in, t, type, P, 4);
     for (; n - t >= 2; t += 2)
-        q_tile(out, w->rows, w, panel, in, t, type, P, 2);
+        q_tile(out, w, panel, in, t, type, P, 2);
     for (; t < n; t++)
-        q_tile(out, w->rows, w, panel, in, t, type, P, 1);
+        q_tile(out, w, panel, in, t, type, P, 1);
 }
 
-// A matmul is cut into units of 32 rows; this one does a unit.
+// A matmul is cut into units of 32 rows.
 enum { UNIT = 32 };
-typedef struct Scratch Scratch;
-typedef void Multiply(float *out, const Tensor *w, int unit, const Inputs *in, int n, Scratch *s);
 
 INLINE void q_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Type type) {
     int panel = unit * (UNIT / PANEL), end = least(panel + UNIT / PANEL, (int)panel_count(w->rows));
@@ -1378,194 +1379,117 @@ INLINE void q_unit(float *out, const Tensor *w, int unit, const Inputs *in, int 
         q_panels(out, w, panel, in, n, type, 1);
 }
 
-static void multiply_q8(float *out, const Tensor *w, int unit, const Inputs *in, int n,
-                        Scratch *s) {
-    (void)s;
-    q_unit(out, w, unit, in, n, Q8);
-}
-
-static void multiply_q4(float *out, const Tensor *w, int unit, const Inputs *in, int n,
-                        Scratch *s) {
-    (void)s;
-    q_unit(out, w, unit, in, n, Q4);
-}
-
 // Float weights. Lane i of a sum takes columns i, i + 16, ..., so that a row is read as it lies.
 
-INLINE f32v load_weights(Type type, const uint8_t *row, int i) {
-    const void *at = row + row_bytes(type, i);
-    return type == F32 ? load_f32(at) : type == BF16 ? load_bf16(at) : load_f16(at);
+INLINE f32v load_weights(Type type, const uint8_t *at) {
+    const void *weights = at;
+    return type == F32 ? load_f32(weights) : type == BF16 ? load_bf16(weights) : load_f16(weights);
 }
 
-INLINE f32v load_some_weights(Type type, const uint8_t *row, int i, int n) {
-    uint8_t all[WIDTH * 4] = {0};
-    memcpy(all, row + row_bytes(type, i), row_bytes(type, n));
-    return load_weights(type, all, 0);
+// The first n of 16 weights; the others are 0.
+INLINE f32v load_some_weights(Type type, const uint8_t *at, int n) {
+    uint8_t all[WIDTH * sizeof(float)] = {0};
+    memcpy(all, at, row_bytes(type, n));
+    return load_weights(type, all);
+}
+
+// n weights of a row, from column c0 on, as floats.
+static void widen_row(float *out, const Tensor *w, int row, int c0, int n) {
+    const uint8_t *at = w->data + (size_t)row * row_bytes(w->type, w->cols);
+    for (int i = 0; i < n; i += WIDTH) {
+        const uint8_t *from = at + row_bytes(w->type, c0 + i);
+        store_some(out + i, n - i < WIDTH ? load_some_weights(w->type, from, n - i)
+                                          : load_weights(w->type, from), n - i);
+    }
 }
 
 enum { F_ROWS = 4, COLUMNS = 1024 };
 
-// What a thread needs of its own to multiply many tokens by float weights: COLUMNS columns of a unit's
-// rows as f32 (the odd stride keeps rows out of each other's cache sets), and the sums so far.
-struct Scratch {
+// What a thread needs of its own to multiply by float weights: COLUMNS columns of a unit's rows as
+// floats (the odd stride keeps rows out of each other's cache sets), and the sums so far.
+typedef struct {
     float w[UNIT][COLUMNS + WIDTH];
     f32v *sums;  // (n, UNIT)
-};
+} Scratch;
 
-// sum[r][t] += row[r] * x[t] over cols columns; R rows by T tokens.
-INLINE void float_tile(f32v sum[][6], Type type, const uint8_t *const *row, const float *x,
-                       size_t stride, int cols, const int R, const int T) {
-    int i = 0;
-    for (; i + WIDTH <= cols; i += WIDTH) {
-        f32v w[2 * F_ROWS];
-        UNROLL for (int r = 0; r < R; r++)
-            w[r] = load_weights(type, row[r], i);
-        UNROLL for (int t = 0; t < T; t++) {
-            f32v v = load_f32(x + (size_t)t * stride + i);
-            UNROLL for (int r = 0; r < R; r++)
-                sum[r][t] = fma16(w[r], v, sum[r][t]);
-        }
-    }
-    if (i == cols)
-        return;
-    UNROLL for (int r = 0; r < R; r++) {
-        f32v w = load_some_weights(type, row[r], i, cols - i);
+// A part of a product: columns c0 to c0 + cols of a unit. Its rows lie from `w` on, in the file or, as
+// floats, in the scratch; sums begin at the first column and are joined after the last.
+typedef struct {
+    float *out;
+    const Tensor *tensor;
+    int first;            // row of the tensor
+    int there;            // rows there are
+    const uint8_t *w;
+    size_t stride;        // from row to row, in bytes
+    const float *x;       // (n, tensor->cols)
+    int c0, cols;
+    f32v *sums;
+} Part;
+
+// F_ROWS rows from r on by T tokens from t on. Rows that are not there repeat the last.
+INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int T) {
+    const size_t x_stride = (size_t)p->tensor->cols, rows = (size_t)p->tensor->rows;
+    const float *x = p->x + (size_t)t0 * x_stride + p->c0;
+    const uint8_t *w[F_ROWS];
+    f32v *sums = p->sums + (size_t)t0 * UNIT + r, sum[F_ROWS][6];
+    UNROLL for (int k = 0; k < F_ROWS; k++) {
+        w[k] = p->w + (size_t)least(r + k, p->there - 1) * p->stride;
         UNROLL for (int t = 0; t < T; t++)
-            sum[r][t] = fma16(w, load_some(x + (size_t)t * stride + i, cols - i), sum[r][t]);
+            sum[k][t] = p->c0 == 0 ? spread(0) : sums[t * UNIT + k];
     }
-}
-
-// R rows from `first` on, straight from the file, by T tokens. Rows past the last repeat it and are
-// not stored.
-INLINE void direct_tile(float *out, const Tensor *w, int first, const float *x, Type type,
-                        const int R, const int T) {
-    const uint8_t *row[2 * F_ROWS];
-    f32v sum[2 * F_ROWS][6];
-    UNROLL for (int r = 0; r < R; r++) {
-        row[r] = w->data + (size_t)least(first + r, w->rows - 1) * row_bytes(type, w->cols);
+    int whole = p->cols / WIDTH * WIDTH, rest = p->cols - whole;
+    for (int i = 0; i < whole; i += WIDTH) {
+        f32v v[F_ROWS];
+        UNROLL for (int k = 0; k < F_ROWS; k++)
+            v[k] = load_weights(type, w[k] + row_bytes(type, i));
         UNROLL for (int t = 0; t < T; t++)
-            sum[r][t] = spread(0);
+            UNROLL for (int k = 0; k < F_ROWS; k++)
+                sum[k][t] = fma16(v[k], load_f32(x + (size_t)t * x_stride + i), sum[k][t]);
     }
-    float_tile(sum, type, row, x, (size_t)w->cols, w->cols, R, T);
-    UNROLL for (int r = 0; r < R; r += F_ROWS)
-        UNROLL for (int t = 0; t < T; t++) {
-            float four[F_ROWS];
-            int there = least(F_ROWS, w->rows - first - r);
-            join4(four, sum[r][t], sum[r + 1][t], sum[r + 2][t], sum[r + 3][t]);
-            if (there > 0)
-                memcpy(out + (size_t)t * (size_t)w->rows + first + r, four, (size_t)there * 4);
-        }
-}
-
-// Few tokens: the weights are read once a tile and made floats on the way.
-INLINE void direct_unit(float *out, const Tensor *w, int first, int end, const float *x, int n,
-                        Type type) {
-    int t = 0;
-    size_t in = (size_t)w->cols, to = (size_t)w->rows;
-    for (; n - t >= 4 && F_TOKENS >= 4; t += 4)
-        for (int r = first; r < end; r += F_ROWS)
-            direct_tile(out + (size_t)t * to, w, r, x + (size_t)t * in, type, F_ROWS, 4);
-    for (; n - t >= 2 && F_TOKENS >= 2; t += 2)
-        for (int r = first; r < end; r += F_ROWS)
-            direct_tile(out + (size_t)t * to, w, r, x + (size_t)t * in, type, F_ROWS, 2);
-    for (; t < n; t++)
-        for (int r = first; r < end; r += 2 * F_ROWS)
-            direct_tile(out + (size_t)t * to, w, r, x + (size_t)t * in, type, 2 * F_ROWS, 1);
-}
-
-// F_ROWS rows of the scratch by T tokens; sums are taken up where the columns before left them.
-INLINE void scratch_tile(float *out, int rows, int there, Scratch *s, int r0, f32v *sums,
-                         const float *x, size_t stride, int cols, bool begins, bool ends,
-                         const int T) {
-    const uint8_t *row[F_ROWS];
-    f32v sum[F_ROWS][6];
-    UNROLL for (int r = 0; r < F_ROWS; r++) {
-        row[r] = (const uint8_t *)s->w[r0 + r];
+    UNROLL for (int k = 0; k < F_ROWS && rest; k++) {
+        f32v v = load_some_weights(type, w[k] + row_bytes(type, whole), rest);
         UNROLL for (int t = 0; t < T; t++)
-            sum[r][t] = begins ? spread(0) : sums[t * UNIT + r];
+            sum[k][t] = fma16(v, load_some(x + (size_t)t * x_stride + whole, rest), sum[k][t]);
     }
-    float_tile(sum, F32, row, x, stride, cols, F_ROWS, T);
     UNROLL for (int t = 0; t < T; t++) {
         float four[F_ROWS];
-        if (ends) {
-            join4(four, sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
-            memcpy(out + (size_t)t * (size_t)rows, four, (size_t)there * sizeof *four);
-        } else {
-            UNROLL for (int r = 0; r < F_ROWS; r++)
-                sums[t * UNIT + r] = sum[r][t];
-        }
+        UNROLL for (int k = 0; k < F_ROWS; k++)
+            sums[t * UNIT + k] = sum[k][t];
+        join4(four, sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
+        if (p->c0 + p->cols == p->tensor->cols)
+            memcpy(p->out + (size_t)(t0 + t) * rows + p->first + r, four,
+                   (size_t)least(F_ROWS, p->there - r) * sizeof *four);
     }
 }
 
-// The scratch's rows by all tokens, for columns c0 to c0 + cols.
-static void scratch_unit(float *out, const Tensor *w, int first, const float *x, int n, int c0,
-                         int cols, Scratch *s) {
-    int end = least(UNIT, w->rows - first);
-    bool begins = c0 == 0, ends = c0 + cols == w->cols;
-    size_t stride = (size_t)w->cols;
-    for (int t = 0, tokens; t < n; t += tokens) {
-        tokens = n - t >= F_TOKENS ? F_TOKENS : 1;
-        for (int r = 0; r < end; r += F_ROWS) {
-            float *to = out + (size_t)t * (size_t)w->rows + first + r;
-            const float *from = x + (size_t)t * stride + c0;
-            f32v *sums = s->sums + (size_t)t * UNIT + r;
-            int there = least(F_ROWS, end - r);
-            if (tokens == F_TOKENS)
-                scratch_tile(to, w->rows, there, s, r, sums, from, stride, cols, begins, ends,
-                             F_TOKENS);
+INLINE void float_tiles(const Part *p, int n, const Type type) {
+    for (int t = 0; t < n; t += n - t >= F_TOKENS ? F_TOKENS : 1)
+        for (int r = 0; r < p->there; r += F_ROWS)
+            if (n - t >= F_TOKENS)
+                float_tile(p, r, t, type, F_TOKENS);
             else
-                scratch_tile(to, w->rows, there, s, r, sums, from, stride, cols, begins, ends, 1);
-        }
-    }
+                float_tile(p, r, t, type, 1);
 }
 
-// Many tokens: a unit's rows are made floats once, COLUMNS at a time, so that they and the tokens'
-// share of x stay in the first two caches.
-INLINE void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Type type,
-                       Scratch *s) {
-    int first = unit * UNIT, end = least(first + UNIT, w->rows);
+// Few tokens: rows are used where they lie. Many: a unit's rows are made floats once, COLUMNS at a time,
+// so that they and the tokens' share of x stay in the first two caches.
+INLINE void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Scratch *s,
+                       const Type type) {
+    Part p = {.out = out, .tensor = w, .first = unit * UNIT, .x = in->x, .sums = s->sums};
+    p.there = least(UNIT, w->rows - p.first);
     if (n < 2 * F_TOKENS) {
-        direct_unit(out, w, first, end, in->x, n, type);
+        p.stride = row_bytes(type, w->cols);
+        p.w = w->data + (size_t)p.first * p.stride;
+        p.cols = w->cols;
+        float_tiles(&p, n, type);
         return;
     }
-    for (int c0 = 0; c0 < w->cols; c0 += COLUMNS) {
-        int cols = least(COLUMNS, w->cols - c0);
-        for (int r = 0; r < (end - first + F_ROWS - 1) / F_ROWS * F_ROWS; r++) {
-            const uint8_t *row = w->data
-                + (size_t)least(first + r, w->rows - 1) * row_bytes(type, w->cols);
-            int i = 0;
-            for (; i + WIDTH <= cols; i += WIDTH)
-                store_f32(s->w[r] + i, load_weights(type, row, c0 + i));
-            if (i < cols)
-                store_f32(s->w[r] + i, load_some_weights(type, row, c0 + i, cols - i));
-        }
-        scratch_unit(out, w, first, in->x, n, c0, cols, s);
-    }
-}
-
-static void multiply_f32(float *out, const Tensor *w, int unit, const Inputs *in, int n,
-                         Scratch *s) {
-    float_unit(out, w, unit, in, n, F32, s);
-}
-
-static void multiply_bf16(float *out, const Tensor *w, int unit, const Inputs *in, int n,
-                          Scratch *s) {
-    float_unit(out, w, unit, in, n, BF16, s);
-}
-
-static void multiply_f16(float *out, const Tensor *w, int unit, const Inputs *in, int n,
-                         Scratch *s) {
-    float_unit(out, w, unit, in, n, F16, s);
-}
-
-// One row as floats.
-static void unpack_float_row(float *out, const Tensor *w, int row) {
-    const uint8_t *at = w->data + (size_t)row * row_bytes(w->type, w->cols);
-    for (int i = 0; i < w->cols; i++) {
-        uint16_t half;
-        memcpy(&half, at + row_bytes(w->type, i), sizeof half);
-        out[i] = w->type == F32 ? read_f32(at + row_bytes(F32, i))
-               : w->type == BF16 ? float_of_bits((uint32_t)half << 16) : widen_half(half);
+    p.w = (const uint8_t *)s->w, p.stride = sizeof s->w[0];
+    for (; p.c0 < w->cols; p.c0 += COLUMNS) {
+        p.cols = least(COLUMNS, w->cols - p.c0);
+        for (int r = 0; r < p.there; r++)
+            widen_row(s->w[r], w, p.first + r, p.c0, p.cols);
+        float_tiles(&p, n, F32);
     }
 }
 
@@ -1583,18 +1507,26 @@ static void unpack_quantized_row(float *out, const Tensor *w, int row) {
     }
 }
 
-// What a weight type is.
-static const struct {
-    const char *name;
-    Multiply *multiply;
-    void (*unpack)(float *out, const Tensor *w, int row);
-} types[TYPES] = {
-    [F32]  = {"f32",  multiply_f32,  unpack_float_row},
-    [BF16] = {"bf16", multiply_bf16, unpack_float_row},
-    [F16]  = {"f16",  multiply_f16,  unpack_float_row},
-    [Q8]   = {"q8",   multiply_q8,   unpack_quantized_row},
-    [Q4]   = {"q4",   multiply_q4,   unpack_quantized_row},
-};
+// One row as floats.
+static void unpack_row(float *out, const Tensor *w, int row) {
+    if (is_quantized(w->type))
+        unpack_quantized_row(out, w, row);
+    else
+        widen_row(out, w, row, 0, w->cols);
+}
+
+// Rows of one unit of out(n, rows) = in(n, cols) w(rows, cols)^T.
+static void multiply_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n,
+                          Scratch *s) {
+    switch (w->type) {
+    case F32:  float_unit(out, w, unit, in, n, s, F32);  break;
+    case BF16: float_unit(out, w, unit, in, n, s, BF16); break;
+    case F16:  float_unit(out, w, unit, in, n, s, F16);  break;
+    case Q8:   q_unit(out, w, unit, in, n, Q8);          break;
+    case Q4:   q_unit(out, w, unit, in, n, Q4);          break;
+    case TYPES: break;
+    }
+}
 
 // out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products of the same inputs
 // are done as one job, for fewer meetings of the threads.
@@ -1620,7 +1552,7 @@ static void matmul_units(void *job, int thread, int first, int end) {
     for (int i = first; i < end; i++) {
         while (i - before >= unit_count(p->w))
             before += unit_count(p++->w);
-        types[p->w->type].multiply(p->out, p->w, i - before, m->in, m->n, &m->scratch[thread]);
+        multiply_unit(p->out, p->w, i - before, m->in, m->n, &m->scratch[thread]);
     }
 }
 
@@ -1633,50 +1565,46 @@ static void matmul(Pool *pool, Matmul *m) {
 
 // Packing: floats into panels.
 
-// Error of weights x (32 of them) as whole numbers of least to most times a scale; the whole numbers
-// go to q. The scale that suits these whole numbers best (sum xq / sum qq) goes to *better.
+// 32 weights as whole numbers of lowest to highest times a scale, to q. Returns the squared error;
+// *better becomes the scale that suits these whole numbers best, sum xq / sum qq, and *rest the squared
+// error that it would leave, sum xx - (sum xq)^2 / sum qq.
 static float round_group(float *q, const float *x, float scale, float lowest, float highest,
-                         float *better) {
+                         float *better, float *rest) {
     f32v inverse = spread(scale != 0 ? 1 / scale : 0), s = spread(scale);
-    f32v error = spread(0), xq = spread(0), qq = spread(0);
+    f32v error = spread(0), xq = spread(0), qq = spread(0), xx = spread(0);
     for (int i = 0; i < GROUP; i += WIDTH) {
-        f32v v = load_f32(x + i), whole = mul(v, inverse);
-        whole = greater_of(whole, spread(lowest));
+        f32v v = load_f32(x + i), whole = greater_of(mul(v, inverse), spread(lowest));
         whole = choose(less(spread(highest), whole), spread(highest), whole);
         whole = sub(add(whole, spread(ROUNDER)), spread(ROUNDER));
         store_f32(q + i, whole);
         f32v off = sub(v, mul(whole, s));
         error = fma16(off, off, error);
+        xx = fma16(v, v, xx);
         xq = fma16(v, whole, xq);
         qq = fma16(whole, whole, qq);
     }
-    float squares = join(qq);
-    *better = squares > 0 ? join(xq) / squares : 0;
-    return join(error);
+    float sums[4];
+    join4(sums, error, xq, qq, xx);
+    *better = sums[2] > 0 ? sums[1] / sums[2] : 0;
+    *rest = sums[3] - sums[1] * *better;
+    return sums[0];
 }
 
 static float half_scale(float scale) { return widen_half(narrow_half(scale)); }
 
-// q8: the largest weight becomes 127.
-static float q8_scale(const float *x, float peak) {
-    (void)x;
-    return half_scale(peak / 127);
-}
-
-// q4: of the scales that put the largest weight between 4.5 and 9.5 steps from zero, on either side,
-// each improved by least squares, the one with the least error. Whole numbers are -8 to 7, so the
-// sign matters.
+// q4: of the scales that put the largest weight between 5.5 and 9 steps from zero, on either side, each
+// improved by least squares, the one with the least error, and never worse than the largest at 7.
+// Whole numbers are -8 to 7, so the sign matters.
 static float q4_scale(const float *x, float peak) {
-    float best = half_scale(peak / 7), q[GROUP], better;
-    float least_error = round_group(q, x, best, -8, 7, &better);
-    for (int i = 0; i < 2 * 41; i++) {
-        float steps = 4.5f + (float)(i / 2) * 0.125f;
-        round_group(q, x, (i % 2 ? -peak : peak) / steps, -8, 7, &better);
-        float scale = half_scale(better), error = round_group(q, x, scale, -8, 7, &better);
-        if (error < least_error)
-            least_error = error, best = scale;
+    float q[GROUP], better, rest, best = half_scale(peak / 7), found = best, least_rest = INFINITY;
+    float plain = round_group(q, x, best, -8, 7, &better, &rest);
+    for (int i = 0; i < 2 * 15; i++) {
+        float steps = 5.5f + (float)(i / 2) * 0.25f;
+        round_group(q, x, (i % 2 ? -peak : peak) / steps, -8, 7, &better, &rest);
+        if (rest < least_rest)
+            least_rest = rest, found = half_scale(better);
     }
-    return best;
+    return round_group(q, x, found, -8, 7, &better, &rest) < plain ? found : best;
 }
 
 // One row of a panel, from floats padded with zeros to whole groups; returns the squared error.
@@ -1684,13 +1612,13 @@ static double pack_row(uint8_t *panel, Type type, int row, const float *x, int c
     uint8_t *scales = panel + line_bytes(type, cols);
     double error = 0;
     for (int g = 0; g < (int)group_count(cols); g++) {
-        float q[GROUP], peak = 0, better;
+        float q[GROUP], peak = 0, better, rest;
         const float *group = x + g * GROUP;
         for (int i = 0; i < GROUP; i++)
             peak = fabsf(group[i]) > peak ? fabsf(group[i]) : peak;
-        float scale = type == Q8 ? q8_scale(group, peak) : q4_scale(group, peak);
-        float most_steps = type == Q8 ? 127 : 7;
-        error += round_group(q, group, scale, type == Q8 ? -127 : -8, most_steps, &better);
+        float scale = type == Q8 ? half_scale(peak / 127) : q4_scale(group, peak);
+        float lowest = type == Q8 ? -127 : -8, highest = type == Q8 ? 127 : 7;
+        error += round_group(q, group, scale, lowest, highest, &better, &rest);
         uint16_t half = narrow_half(scale);
         memcpy(scales + (g * PANEL + row) * 2, &half, sizeof half);
         uint8_t *lines = panel + (size_t)g * group_lines(type) * LINE + row * 4;
@@ -2199,7 +2127,7 @@ static void angle_row(const Rows *r, int t) {
 
 static void embed_row(const Rows *r, int t) {
     const Tensor *w = &r->s->model->embedding;
-    types[w->type].unpack(row(r->s->x, t, w->cols), w, r->steps[t].id);
+    unpack_row(row(r->s->x, t, w->cols), w, r->steps[t].id);
 }
 
 // Attention is cut into items: a run of steps times a key/value head, and for a few steps also times a
@@ -2410,18 +2338,20 @@ enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };            //
 enum { OTHER, LETTER, NUMBER, WHITE, END };                                   // of characters
 
 enum {
-    UNICODE = 0x110000,          // codes end here; behind them is one, of class OTHER,
-    CODES = UNICODE + 256,       // for each byte that is in no character
+    UNICODE = 0x110000,          // codes end here; behind them
+    CODES = UNICODE + 256,       // bytes outside any character have one each, of class OTHER
     DEEPEST_COMPOSITION = 8,     // Unicode needs 3
     LONGEST_USER_DEFINED = 255,
     MOST_ENDS = 16,
     MOST_PROBES = 512,           // so no file makes a lookup slow; honest ones need fewer than 100
+    ROW = 12,                    // bytes of a merge or a composition
     WORDS = 4096,                // remembered while encoding
 };
 
 static const uint32_t NEVER_COMPOSED = 1u << 31;  // a mark on the whole of a composition
 
-typedef struct {                // how the file begins
+// How the file begins. It is little-endian, like the machines that use its numbers in place.
+typedef struct {
     char magic[8];
     uint32_t version, kind, n_tokens, flags, rule, chat;
     int32_t bos, unknown;       // ids, -1: none
@@ -2442,9 +2372,9 @@ typedef struct {
 typedef struct {
     struct Entry { uint32_t hash, place; } *entry;  // place: the number plus one, 0 is free
     size_t mask;                // entries, a power of two, less one
-    const uint8_t *keys;        // the rows, or the file
-    size_t stride, length;      // of a row, and of the key it begins with
-    const Token *token;         // NULL: rows
+    const uint8_t *keys;        // the first row's, ROW bytes before the next; or the file
+    size_t length;              // of the key of a row
+    const Token *token;         // whose bytes are the keys; NULL: rows
 } Table;
 
 typedef struct {
@@ -2502,23 +2432,21 @@ static int find_control(const Tokenizer *t, const char *name) {
 static uint64_t hash(const void *bytes, size_t n) {
     const uint64_t odd = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
     const uint8_t *p = bytes;
-    uint64_t h = n * odd, word;
-    for (; n > 8; p += 8, n -= 8) {
+    uint64_t h = n, word;
+    for (; n >= 8; p += 8, n -= 8) {
         memcpy(&word, p, 8);
         h = (h ^ word) * odd, h ^= h >> 32;
     }
-    if (n >= 4)  // the two halves may overlap
-        word = (uint64_t)read_u32(p) << 32 | read_u32(p + n - 4);
-    else
-        word = n ? (uint64_t)p[0] << 16 | (uint64_t)p[n / 2] << 8 | p[n - 1] : 0;
-    h = (h ^ word) * odd, h ^= h >> 32;
-    return h * odd;
+    for (word = 0; n > 0; n--)
+        word = word << 8 | *p++;
+    h = (h ^ word) * odd;
+    return (h ^ h >> 32) * odd;
 }
 
 static Piece key(const Table *t, uint32_t number) {
     if (t->token)
         return (Piece){(const char *)t->keys + t->token[number].at, t->token[number].length};
-    return (Piece){(const char *)t->keys + number * t->stride, t->length};
+    return (Piece){(const char *)t->keys + number * (size_t)ROW, t->length};
 }
 
 // The entry of a key or the free one where it belongs; NULL when neither is near.
@@ -2542,11 +2470,11 @@ static int find(const Table *t, const void *bytes, size_t n) {
     return e ? (int)e->place - 1 : -1;
 }
 
-static void size_table(Table *t, size_t keys) {
+static Table new_table(const uint8_t *keys, size_t length, const Token *token, size_t n) {
     size_t entries = 16;
-    while (entries < keys + keys / 2)
+    while (entries < n + n / 2)
         entries *= 2;
-    t->entry = NEW(struct Entry, entries), t->mask = entries - 1;
+    return (Table){NEW(struct Entry, entries), entries - 1, keys, length, token};
 }
 
 // Make the number findable by its key, unless another is.
@@ -2606,7 +2534,8 @@ static void append_code(Bytes *out, uint32_t code) {
 
 // ---- Reading the file
 
-static void check(const File *f, const char *name, int64_t value, int64_t least, int64_t most) {
+static void check_field(const File *f, const char *name, int64_t value, int64_t least,
+                        int64_t most) {
     if (value < least || value > most)
         die("%s: %s is %lld, not %lld to %lld", f->path, name, (long long)value, (long long)least,
             (long long)most);
@@ -2614,26 +2543,26 @@ static void check(const File *f, const char *name, int64_t value, int64_t least,
 
 static void check_header(const File *f, const TokenizerHeader *h, int vocab_size) {
     int64_t last = (int64_t)h->n_tokens - 1, size = (int64_t)f->size;
-    check(f, "version", h->version, 1, 1);
-    check(f, "size in the header", (int64_t)h->size, size, size);
-    check(f, "kind", h->kind, SENTENCEPIECE, BYTE_LEVEL);
-    check(f, "flags", h->flags, 0, ADDS_BOS | DUMMY_PREFIX | TAKES_WHOLE | NFC);
-    check(f, "split rule", h->rule, NO_RULE, h->kind == BYTE_LEVEL ? SMOLLM_RULE : NO_RULE);
-    check(f, "chat format", h->chat, 0, 5);
+    check_field(f, "version", h->version, 1, 1);
+    check_field(f, "size in the header", (int64_t)h->size, size, size);
+    check_field(f, "kind", h->kind, SENTENCEPIECE, BYTE_LEVEL);
+    check_field(f, "flags", h->flags, 0, ADDS_BOS | DUMMY_PREFIX | TAKES_WHOLE | NFC);
+    check_field(f, "split rule", h->rule, NO_RULE, h->kind == BYTE_LEVEL ? SMOLLM_RULE : NO_RULE);
+    check_field(f, "chat format", h->chat, 0, 5);
     if (h->n_tokens > (uint32_t)vocab_size)
         die("%s: %u tokens, but the model has %d", f->path, h->n_tokens, vocab_size);
-    check(f, "number of tokens", h->n_tokens, 1, size / 8);  // each takes more
-    check(f, "id of BOS", h->bos, -1, last);
-    check(f, "id of the unknown token", h->unknown, -1, last);
-    check(f, "number of ids that end a text", h->n_ends, 0, MOST_ENDS);
+    check_field(f, "number of tokens", h->n_tokens, 1, vocab_size);
+    check_field(f, "id of BOS", h->bos, -1, last);
+    check_field(f, "id of the unknown token", h->unknown, -1, last);
+    check_field(f, "number of ids that end a text", h->n_ends, 0, MOST_ENDS);
     for (uint32_t i = 0; i < MOST_ENDS; i++)
-        check(f, "id that ends a text", h->ends[i], 0, i < h->n_ends ? last : 0);
+        check_field(f, "id that ends a text", h->ends[i], 0, i < h->n_ends ? last : 0);
     for (size_t i = 0; i < sizeof h->zero; i++)
-        check(f, "a zero of the header", h->zero[i], 0, 0);
+        check_field(f, "a zero of the header", h->zero[i], 0, 0);
 }
 
 // Larger scores give smaller numbers; the bits of a float order like an integer with a sign.
-static uint32_t priority(float score) {
+static uint32_t priority_of(float score) {
     uint32_t bits;
     score += 0.0f;  // -0 equals 0
     memcpy(&bits, &score, sizeof bits);
@@ -2659,10 +2588,10 @@ static void add_token(Tokenizer *t, uint32_t id, float score, Token k) {
               : k.type == USER_DEFINED ? k.length > 0 && k.length <= LONGEST_USER_DEFINED
               : k.length > 0;
     if (k.type < NORMAL || k.type > BYTE || !fits || score != score)
-        die("%s: token %u: type %u, score %g, %u bytes; wanted a type of 1 to 6, a number, and "
-            "bytes: none for type 5, 1 for 6, at most %d for 4",
+        die("%s: token %u has type %u, score %g and %u bytes; wanted a type of 1 to 6, a number, "
+            "and bytes: 0 for type 5, 1 for type 6, else more, for type 4 at most %d",
             t->file.path, id, k.type, (double)score, k.length, LONGEST_USER_DEFINED);
-    k.priority = priority(score);
+    k.priority = priority_of(score);
     t->token[id] = k;
     if (k.type == NORMAL || k.type == USER_DEFINED)
         enter_token(t, id);
@@ -2707,14 +2636,14 @@ static void read_tokens(Tokenizer *t, size_t at, bool own) {
 // Each row must join two tokens to the one that has the bytes of both.
 static void read_merges(Tokenizer *t, const uint8_t *row, uint32_t rows) {
     t->merge = rows ? row : NULL;
-    t->merges = (Table){.keys = row, .stride = 12, .length = 8};
-    size_table(&t->merges, rows);
-    for (uint32_t i = 0; i < rows; i++, row += 12) {
+    t->merges = new_table(row, 8, NULL, rows);
+    for (uint32_t i = 0; i < rows; i++, row += ROW) {
         Piece left = piece(t, (int)read_u32(row)), right = piece(t, (int)read_u32(row + 4));
         Piece both = piece(t, (int)read_u32(row + 8));
         if (!left.n || !right.n || both.n != left.n + right.n || memcmp(both.at, left.at, left.n)
             || memcmp(both.at + left.n, right.at, right.n))
-            die("%s: merge %u does not join two tokens to a third", t->file.path, i);
+            die("%s: merge %u is %u and %u to %u, which has not the bytes of both", t->file.path, i,
+                read_u32(row), read_u32(row + 4), read_u32(row + 8));
         enter(&t->merges, i, t->file.path);
     }
 }
@@ -2737,11 +2666,9 @@ static uint8_t *read_runs(const File *f, const uint8_t *row, uint32_t rows, uint
 
 static void read_compositions(Tokenizer *t, const uint8_t *row, uint32_t rows) {
     t->composition = row;
-    t->wholes = (Table){.keys = row, .stride = 12, .length = 4};
-    t->pairs = (Table){.keys = row + 4, .stride = 12, .length = 8};
-    size_table(&t->wholes, rows);
-    size_table(&t->pairs, rows);
-    for (uint32_t i = 0; i < rows; i++, row += 12) {
+    t->wholes = new_table(row, 4, NULL, rows);
+    t->pairs = new_table(row + 4, 8, NULL, rows);
+    for (uint32_t i = 0; i < rows; i++, row += ROW) {
         uint32_t whole = read_u32(row), first = read_u32(row + 4), second = read_u32(row + 8);
         if ((whole & ~NEVER_COMPOSED) >= UNICODE || first >= UNICODE || second >= UNICODE)
             die("%s: composition %u: %#x is %#x and %#x, wanted codes below %#x", t->file.path, i,
@@ -2752,10 +2679,9 @@ static void read_compositions(Tokenizer *t, const uint8_t *row, uint32_t rows) {
     }
 }
 
-static void prepare_tokenizer(Tokenizer *t) {
+static void prepare_tables(Tokenizer *t) {
     t->token = NEW(Token, t->header.n_tokens);
-    t->tokens = (Table){.keys = t->file.at, .token = t->token};
-    size_table(&t->tokens, t->header.n_tokens);
+    t->tokens = new_table(t->file.at, 0, t->token, t->header.n_tokens);
     memset(t->byte_token, -1, sizeof t->byte_token);
     t->joined = NEW(bool, 256 * 256);
     for (int i = 0; i < 256 && t->header.kind == SENTENCEPIECE; i++)
@@ -2764,11 +2690,11 @@ static void prepare_tokenizer(Tokenizer *t) {
 
 // Our format, with at most the tokens that the model has, or llama2.c's, with exactly them.
 static Tokenizer open_tokenizer(const char *path, int vocab_size) {
-    static const uint32_t stride[ARRAYS] = {12, 8, 8, 12};
+    static const uint32_t row_size[ARRAYS] = {ROW, 8, 8, ROW};
     Tokenizer t = {.file = open_file(path)};
     const File *f = &t.file;
     const uint32_t *rows = t.header.rows;
-    check(f, "size in bytes", (int64_t)f->size, 4, UINT32_MAX);
+    check_field(f, "size in bytes", (int64_t)f->size, 4, UINT32_MAX);
     bool own = f->size >= sizeof t.header && memcmp(f->at, "LLAMA02T", 8) == 0;
     if (own)
         memcpy(&t.header, f->at, sizeof t.header);
@@ -2781,10 +2707,13 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
 
     size_t at[ARRAYS + 1] = {own ? sizeof t.header : 4};  // llama2.c's longest length: not needed
     for (int i = 0; i < ARRAYS; i++)
-        at[i + 1] = at[i] + (size_t)rows[i] * stride[i];
-    check(f, "place of the tokens", (int64_t)at[ARRAYS], 0, (int64_t)f->size);
-    prepare_tokenizer(&t);
+        at[i + 1] = at[i] + (size_t)rows[i] * row_size[i];
+    check_field(f, "place of the tokens", (int64_t)at[ARRAYS], 0, (int64_t)f->size);
+    prepare_tables(&t);
     read_tokens(&t, at[ARRAYS], own);
+    for (int b = 0; b < 256; b++)  // byte-level text rarely needs all, and some files lack a few
+        if (t.byte_token[b] < 0 && t.header.kind == SENTENCEPIECE)
+            die("%s: no token for byte %d", path, b);
     read_merges(&t, f->at + at[MERGES], rows[MERGES]);
     if (t.header.rule)
         t.class = read_runs(f, f->at + at[CLASSES], rows[CLASSES], WHITE);
@@ -2834,8 +2763,8 @@ static void decompose(Characters *out, const Tokenizer *t, uint32_t code) {
         int row = find(&t->wholes, &code, 4);
         if (row < 0 && (row = find(&t->wholes, &never, 4)) < 0)
             break;
-        code = read_u32(t->composition + 12 * (size_t)row + 4);
-        behind[n++] = read_u32(t->composition + 12 * (size_t)row + 8);
+        code = read_u32(t->composition + ROW * (size_t)row + 4);
+        behind[n++] = read_u32(t->composition + ROW * (size_t)row + 8);
     }
     add_character(out, t, code);
     while (n-- > 0)
@@ -2852,7 +2781,7 @@ static uint32_t compose(const Tokenizer *t, uint32_t first, uint32_t second) {
     if (syllable < SYLLABLES && syllable % TRAILINGS == 0 && trailing - 1 < TRAILINGS - 1)
         return first + trailing;
     int row = find(&t->pairs, (uint32_t[]){first, second}, 8);
-    return row < 0 ? 0 : read_u32(t->composition + 12 * (size_t)row);
+    return row < 0 ? 0 : read_u32(t->composition + ROW * (size_t)row);
 }
 
 static int compare_characters(const void *a, const void *b) {
@@ -2907,7 +2836,7 @@ static void append_nfc(Bytes *out, const Tokenizer *t, const uint8_t *text, size
     free(c.at);
 }
 
-// ---- Splitting, as the regular expressions of the byte-level tokenizers do it
+// ---- Encoding: its working memory, splitting into pieces, joining symbols
 
 typedef struct {
     uint32_t end;       // where the next symbol begins; 0: joined to the one before
@@ -2922,19 +2851,19 @@ typedef struct {
 } Join;
 
 typedef struct {
-    uint32_t at, n;     // where it stood in the text
+    uint32_t at, n;     // where it stands in the text
     size_t first, ids;  // where its ids stand in out
 } Word;
 
 typedef struct {
     const Tokenizer *tokenizer;
     Tokens *out;
-    const uint8_t *text; // what stands between two user-defined tokens
+    const uint8_t *text;  // what stands between two user-defined tokens
     size_t n;
-    Word *words;        // (WORDS) of the text, by hash
-    const uint8_t *run; // what is being joined
-    Symbol *symbol;     // of the run, by the byte where it begins
-    Join *heap;
+    Word *words;          // (WORDS) seen in it, by hash
+    const uint8_t *run;   // the part of it that is being joined
+    Symbol *symbol;       // (bytes of the run + 1), each where it begins
+    Join *heap;           // candidates; those whose symbols have changed are out of date
     size_t symbol_room, joins, heap_room;
 } Encoder;
 
@@ -3015,28 +2944,27 @@ static size_t piece_end(const Encoder *e, size_t at) {
     return end;
 }
 
-// ---- Joining: neighbours become one token, the best pair first, of equals the leftmost
-
 static void push_join(Encoder *e, Join join) {
     grow((void **)&e->heap, &e->heap_room, e->joins + 1, sizeof join);
+    Join *heap = e->heap;
     size_t i = e->joins++;
-    for (; i > 0 && join.order < e->heap[(i - 1) / 2].order; i = (i - 1) / 2)
-        e->heap[i] = e->heap[(i - 1) / 2];
-    e->heap[i] = join;
+    for (; i > 0 && join.order < heap[(i - 1) / 2].order; i = (i - 1) / 2)
+        heap[i] = heap[(i - 1) / 2];
+    heap[i] = join;
 }
 
 static Join pop_join(Encoder *e) {
-    Join best = e->heap[0], last = e->heap[--e->joins];
+    Join *heap = e->heap, first = heap[0], last = heap[--e->joins];
     size_t i = 0;
     for (size_t child; (child = 2 * i + 1) < e->joins; i = child) {
-        if (child + 1 < e->joins && e->heap[child + 1].order < e->heap[child].order)
+        if (child + 1 < e->joins && heap[child + 1].order < heap[child].order)
             child++;
-        if (last.order <= e->heap[child].order)
+        if (last.order <= heap[child].order)
             break;
-        e->heap[i] = e->heap[child];
+        heap[i] = heap[child];
     }
-    e->heap[i] = last;
-    return best;
+    heap[i] = last;
+    return first;
 }
 
 // Put the join of a symbol with the next one on the heap, if there is a token for it.
@@ -3050,7 +2978,7 @@ static void consider(Encoder *e, uint32_t left) {
     if (found < 0)
         return;
     uint64_t priority = t->merge ? (uint32_t)found : t->token[found].priority;
-    int id = t->merge ? (int)read_u32(t->merge + 12 * (size_t)found + 8) : found;
+    int id = t->merge ? (int)read_u32(t->merge + ROW * (size_t)found + 8) : found;
     push_join(e, (Join){priority << 32 | left, b.end, id});
 }
 
@@ -3070,20 +2998,19 @@ static void start_symbols(Encoder *e, size_t n) {
     e->symbol[n] = (Symbol){0, previous, -1};
 }
 
-// Append the ids of the symbols that are left; those that are no token become bytes.
+// Append the ids of the symbols that are left; bytes stand for one that is no token.
 static void push_symbols(Encoder *e, size_t n) {
-    const Tokenizer *t = e->tokenizer;
-    for (uint32_t at = 0, end; at < n; at = end) {
-        end = e->symbol[at].end;
-        for (uint32_t i = at; i < end && e->symbol[at].id < 0; i++) {
-            int id = t->byte_token[e->run[i]];
-            push(e->out, id < 0 ? t->header.unknown : id);
-        }
-        if (e->symbol[at].id >= 0)
-            push(e->out, e->symbol[at].id);
+    for (uint32_t at = 0; at < n; at = e->symbol[at].end) {
+        Symbol s = e->symbol[at];
+        if (s.id >= 0)
+            push(e->out, s.id);
+        for (uint32_t i = at; i < s.end && s.id < 0; i++)
+            if (e->tokenizer->byte_token[e->run[i]] >= 0)
+                push(e->out, e->tokenizer->byte_token[e->run[i]]);
     }
 }
 
+// Neighbours become one token, the best pair first, of equals the leftmost.
 static void join_run(Encoder *e, const uint8_t *text, size_t n) {
     e->run = text;
     start_symbols(e, n);
@@ -3117,8 +3044,6 @@ static void encode_run(Encoder *e, size_t at, size_t n) {
     for (size_t i = 0; i < w->ids; i++)
         push(e->out, e->out->at[w->first + i]);
 }
-
-// ---- Encoding
 
 // A piece falls into runs wherever two bytes meet that stand together in no token: nothing is
 // joined across, so the ids are the same, and the work on a word stays in the first cache.
@@ -3175,17 +3100,6 @@ static void append_spaced(Bytes *out, const Tokenizer *t, const char *text, size
     append(out, text, n);
 }
 
-// One unknown token stands for all in a row; where there is none, what has no token is lost.
-static void merge_unknown(Tokens *out, size_t first, int unknown) {
-    size_t kept = first;
-    for (size_t i = first; i < out->n; i++) {
-        bool again = out->at[i] == unknown && kept > first && out->at[kept - 1] == unknown;
-        if (out->at[i] >= 0 && !again)
-            out->at[kept++] = out->at[i];
-    }
-    out->n = kept;
-}
-
 // Append the ids of any n bytes to out: no BOS, and no control tokens, whatever the text says.
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) {
     if (n == 0)
@@ -3196,7 +3110,7 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
     append_spaced(&spaced, t, text, n);
     const uint8_t *p = (const uint8_t *)spaced.at;
     Encoder e = {.tokenizer = t, .out = out, .words = NEW(Word, WORDS)};
-    size_t first = out->n, from = 0, at = 0;
+    size_t from = 0, at = 0;
     while (at < spaced.n) {
         int id;
         size_t length = user_defined(&id, t, p + at, spaced.n - at);
@@ -3208,7 +3122,6 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
         at += length ? length : 1;
     }
     encode_section(&e, p + from, at - from);
-    merge_unknown(out, first, t->header.unknown);
     free(e.words);
     free(e.symbol);
     free(e.heap);
@@ -3278,28 +3191,29 @@ static int most_likely(const float *logits, int n) {
     return best;
 }
 
-// Logits to probabilities, after division by the temperature. Returns the sum of e^(logit - peak),
-// which with the peak gives any token's log-probability.
-static float softmax(float *x, int n, float temperature) {
-    f32v peaks = spread(-INFINITY), sum = spread(0);
+static float peak_of(const float *x, int n) {
+    f32v peaks = spread(-INFINITY);
     float all[WIDTH], peak = -INFINITY;
     int whole = n / WIDTH * WIDTH;
-    for (int i = 0; i < n; i++)
-        x[i] /= temperature;
     for (int i = 0; i < whole; i += WIDTH)
         peaks = greater_of(peaks, load_f32(x + i));
     store_f32(all, peaks);
-    for (int i = 0; i < WIDTH + n - whole; i++) {
-        float v = i < WIDTH ? all[i] : x[whole + i - WIDTH];
-        peak = v > peak ? v : peak;
-    }
+    for (int i = 0; i < WIDTH; i++)
+        peak = all[i] > peak ? all[i] : peak;
+    for (int i = whole; i < n; i++)
+        peak = x[i] > peak ? x[i] : peak;
+    return peak;
+}
+
+// Logits, divided by the temperature, to probabilities. Returns the sum of e^(logit - peak).
+static float softmax(float *x, int n, float temperature) {
+    f32v sum = spread(0);
+    for (int i = 0; i < n; i++)
+        x[i] /= temperature;
+    f32v peak = spread(peak_of(x, n));
     for (int i = 0; i < n; i += WIDTH) {
-        float part[WIDTH];
-        int there = least(WIDTH, n - i);
-        f32v v = load_some(x + i, there);
-        store_f32(part, exponential(sub(v, spread(peak))));
-        store_some(x + i, load_f32(part), there);
-        sum = add(sum, load_some(part, there));
+        store_some(x + i, exponential(sub(load_some(x + i, n - i), peak)), n - i);
+        sum = add(sum, load_some(x + i, n - i));
     }
     float total = join(sum);
     for (int i = 0; i < n; i++)
@@ -3408,6 +3322,7 @@ typedef struct {
     uint64_t random;
     Decoder decoder;
     Bytes ready;     // characters that are complete but not written
+    int64_t made;    // tokens of the last reply
 } Text;
 
 typedef enum { ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED } Stop;
@@ -3459,23 +3374,31 @@ static void show_ready(Session *s, Text *text) {
     text->ready.n = 0;
 }
 
+// Sample the next token. False: it ends the text and is no part of it.
+static bool extend(Session *s, Text *text, float *scores) {
+    int id = pick(scores, s->model.config.vocab_size, &s->taste, &text->random, s->candidates,
+                  &text->ids);
+    if (ends_text(&s->tokenizer, id))
+        return false;
+    push(&text->ids, id);
+    decode(&text->ready, &text->decoder, id);
+    text->made++;
+    return true;
+}
+
 // Sample and write tokens until the model ends, `limit` are out or the context is full. `scores` are
 // those of a catch_up().
 static Stop reply(Session *s, Text *text, float *scores, int64_t limit) {
-    for (int64_t made = 0; made < limit; made++) {
+    for (text->made = 0; text->made < limit; scores = catch_up(s, text)) {
         if (interrupt_waits())
             return INTERRUPTED;
-        if (made > 0 && (int)text->ids.n > s->state.context)
-            return CONTEXT_FULL;
-        if (made > 0)
-            scores = catch_up(s, text);
-        int id = pick(scores, s->model.config.vocab_size, &s->taste, &text->random,
-                      s->candidates, &text->ids);
-        push(&text->ids, id);
-        if (ends_text(&s->tokenizer, id))
+        if (!extend(s, text, scores))
             return ENDED;
-        decode(&text->ready, &text->decoder, id);
         show_ready(s, text);
+        if (text->made == limit)
+            break;
+        if ((int)text->ids.n > s->state.context)
+            return CONTEXT_FULL;
     }
     return REACHED_LIMIT;
 }
@@ -3515,8 +3438,13 @@ static void open_session(Session *s, const Options *o) {
 
 static void need_tokenizer(Session *s) {
     const char *named = s->options->tokenizer;
+    int vocab = s->model.config.vocab_size;
     s->tokenizer_path = named ? strdup(named) : find_tokenizer(s->options->model);
-    s->tokenizer = open_tokenizer(s->tokenizer_path, s->model.config.vocab_size);
+    s->tokenizer = open_tokenizer(s->tokenizer_path, vocab);
+    if (!named && strcmp(s->tokenizer_path, "tokenizer.bin") == 0
+        && s->tokenizer.header.n_tokens != (uint32_t)vocab)
+        die("tokenizer.bin has %u tokens, the model %d: -z names the model's own",
+            s->tokenizer.header.n_tokens, vocab);
 }
 
 // Room for texts of as many tokens as the model or -c allows, or fewer where `most_tokens` is enough.
@@ -3561,6 +3489,12 @@ static void say_speed(const char *what, double tokens, double time) {
             time > 0 ? tokens / time : 0);
 }
 
+static void end_line(Session *s, Text *text) {
+    flush(&text->ready, &text->decoder);
+    append(&text->ready, "\n", 1);
+    show_ready(s, text);
+}
+
 // Continue the prompt.
 static void run_generate(Session *s) {
     const Options *o = s->options;
@@ -3582,15 +3516,398 @@ static void run_generate(Session *s) {
     show_ready(s, &text);
     Stop stop = reply(s, &text, scores, o->steps);
     double end = seconds();
-    flush(&text.ready, &text.decoder);
-    append(&text.ready, "\n", 1);
-    show_ready(s, &text);
+    end_line(s, &text);
     if (stop == CONTEXT_FULL)
         fprintf(stderr, "the context of %d tokens is full\n", s->state.context);
     say_speed("prompt", given, middle - start);
-    say_speed("generated", (double)text.ids.n - given, end - middle);
+    say_speed("generated", (double)text.made, end - middle);
     free(prompt.at);
     free_text(&text);
+}
+
+// A chat is turns: `first` or, later, `again`; `before`; the system prompt once; `user`. In them $ is the
+// system prompt, % the message, and {name} the control token of that name; what lies between control
+// tokens is encoded as one text. Sources: the models' published templates.
+static const struct Format {
+    const char *name, *first, *again, *before, *system, *user;
+    bool strips;  // white space around messages
+} formats[] = {
+    {"none", "", "", "", "", "", false},
+    {"llama2", "{<s>}", "{</s>}{<s>}", "[INST] ", "<<SYS>>\n$\n<</SYS>>\n\n", "% [/INST]", true},
+    {"llama3", "{<|begin_of_text|>}", "{<|eot_id|>}", "",
+     "{<|start_header_id|>}system{<|end_header_id|>}\n\n${<|eot_id|>}",
+     "{<|start_header_id|>}user{<|end_header_id|>}\n\n%{<|eot_id|>}"
+     "{<|start_header_id|>}assistant{<|end_header_id|>}\n\n", true},
+    {"chatml", "", "{<|im_end|>}\n", "", "{<|im_start|>}system\n${<|im_end|>}\n",
+     "{<|im_start|>}user\n%{<|im_end|>}\n{<|im_start|>}assistant\n", false},
+    {"mistral", "{<s>}", "{</s>}", "[INST] ", "$\n\n", "% [/INST]", false},
+    {"zephyr", "", "{</s>}\n", "", "<|system|>\n${</s>}\n",
+     "<|user|>\n%{</s>}\n<|assistant|>\n", false},
+    {"mistral3", "{<s>}", "{</s>}", "{[INST]}", "$\n\n", "%{[/INST]}", false},  // own tokens
+};
+
+static const struct Format *format_of(const Session *s) {
+    const char *name = s->options->format;
+    uint32_t number = s->tokenizer.header.chat;
+    for (int i = 1; name && i < COUNT(formats); i++)
+        if (strcmp(name, formats[i].name) == 0)
+            return &formats[i];
+    if (name)
+        die("-x wants llama2, llama3, chatml, mistral, mistral3 or zephyr, not '%s'", name);
+    if (number == 0 || number >= COUNT(formats))
+        die("%s names no chat format; -x does", s->tokenizer_path);
+    bool own = strcmp(formats[number].name, "mistral") == 0
+               && find_control(&s->tokenizer, "[INST]") >= 0;
+    return own ? &formats[COUNT(formats) - 1] : &formats[number];
+}
+
+// A template with its messages becomes tokens of the text.
+static void feed_template(Session *s, Text *text, const char *template, Bytes message) {
+    Bytes run = {0}, prompt = {(char *)s->options->system, 0, 0};
+    prompt.n = prompt.at ? strlen(prompt.at) : 0;
+    for (const char *p = template; *p; p++) {
+        const Bytes *insert = *p == '%' ? &message : *p == '$' ? &prompt : NULL;
+        const char *close = *p == '{' ? strchr(p, '}') : NULL;
+        if (insert)
+            append(&run, insert->at, insert->n);
+        else if (!close)
+            append(&run, p, 1);
+        if (!close && p[1])
+            continue;
+        encode(&text->ids, &s->tokenizer, run.at, run.n);
+        run.n = 0;
+        if (close) {
+            char *name = strndup(p + 1, (size_t)(close - p - 1));
+            int id = find_control(&s->tokenizer, name);
+            if (id < 0)
+                die("%s has no token %s, which the chat format wants", s->tokenizer_path, name);
+            push(&text->ids, id);
+            free(name);
+            p = close;
+        }
+    }
+    free(run.at);
+}
+
+static Bytes stripped(Bytes b, bool at_begin) {
+    while (b.n && isspace((unsigned char)b.at[b.n - 1]))
+        b.n--;
+    while (b.n && at_begin && isspace((unsigned char)*b.at))
+        b.at++, b.n--;
+    return b;
+}
+
+// A message becomes a turn of the text.
+static void feed_turn(Session *s, Text *text, const struct Format *f, Bytes message) {
+    bool begins = text->ids.n == 0, system = begins && s->options->system && *s->options->system;
+    if (f->strips)  // Llama 2 strips the system prompt and the message as one
+        message = stripped(message, !(system && *f->before));
+    char *template = NEW(char, 1024);
+    snprintf(template, 1024, "%s%s%s%s", begins ? f->first : f->again, f->before,
+             system ? f->system : "", f->user);
+    feed_template(s, text, template, message);
+    free(template);
+}
+
+// One message and its answer. A conversation that no longer fits begins again, with the system prompt
+// and this message.
+static void talk(Session *s, Text *text, const struct Format *f, Bytes message) {
+    size_t before = text->ids.n;
+    feed_turn(s, text, f, message);
+    if ((int)text->ids.n >= s->state.context && before > 0) {
+        fprintf(stderr, "the context of %d tokens is full: beginning again\n", s->state.context);
+        text->ids.n = 0, text->pos = 0;
+        feed_turn(s, text, f, message);
+    }
+    if ((int)text->ids.n > s->state.context) {
+        fprintf(stderr, "the message has %zu tokens, the context %d\n", text->ids.n,
+                s->state.context);
+        text->ids.n = 0, text->pos = 0;
+        return;
+    }
+    text->decoder = (Decoder){.tokenizer = &s->tokenizer};
+    hold_interrupt(true);
+    Stop stop = reply(s, text, catch_up(s, text), s->options->steps);
+    if (stop == INTERRUPTED)
+        take_interrupt();
+    hold_interrupt(s->out.beside != NULL);
+    end_line(s, text);
+    if (stop == CONTEXT_FULL) {
+        fprintf(stderr, "the context of %d tokens is full: beginning again\n", s->state.context);
+        text->ids.n = 0, text->pos = 0;
+    }
+}
+
+// Turns from -i and then, line by line, from standard input.
+static void run_chat(Session *s) {
+    need_tokenizer(s);
+    const struct Format *format = format_of(s);
+    bool terminal = isatty(STDIN_FILENO) && isatty(STDERR_FILENO);
+    Text text = new_text(s, 0);
+    char *line = NULL;
+    size_t room = 0;
+    need_state(s, INT64_MAX, 1, 1);
+    if (s->options->prompt)
+        talk(s, &text, format, (Bytes){(char *)s->options->prompt, strlen(s->options->prompt), 0});
+    for (ssize_t n; terminal && fputs("> ", stderr), (n = getline(&line, &room, stdin)) >= 0;) {
+        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r'))
+            n--;
+        if (n)
+            talk(s, &text, format, (Bytes){line, (size_t)n, 0});
+    }
+    if (terminal)
+        fputc('\n', stderr);
+    free(line);
+    free_text(&text);
+}
+
+// Bytes as a JSON string; what is not UTF-8 becomes U+FFFD.
+static void append_json(Bytes *out, const char *text, size_t n) {
+    append(out, "\"", 1);
+    for (size_t i = 0; i < n;) {
+        uint32_t code;
+        char escape[8];
+        int length = utf8(&code, (const uint8_t *)text + i, n - i);
+        if (length <= 0)
+            append(out, "\xEF\xBF\xBD", 3);
+        else if (code < 32 || code == 127)
+            append(out, escape, (size_t)snprintf(escape, sizeof escape, "\\u%04x", code));
+        else {
+            append(out, "\\", code == '"' || code == '\\');
+            append(out, text + i, (size_t)length);
+        }
+        i += length <= 0 ? 1 : (size_t)length;
+    }
+    append(out, "\"", 1);
+}
+
+// Scoring: what the model thought of each token of a text. The text is cut into windows of the context,
+// each with BOS in front if the model wants one and nothing else of the text before; the first token of
+// a window without BOS has no score.
+typedef void Judge(Session *s, void *sums, int id, float *scores);
+
+static void score_text(Session *s, Judge *judge, void *sums) {
+    enum { ROWS = 32 };
+    Bytes words = prompt_of(s->options);
+    Tokens ids = {0};
+    need_tokenizer(s);
+    const TokenizerHeader *h = &s->tokenizer.header;
+    bool bos = h->bos >= 0 && h->flags & ADDS_BOS;
+    encode(&ids, &s->tokenizer, words.at, words.n);
+    if (ids.n < 2)
+        die("the text has %zu tokens, too few to score", ids.n);
+    need_state(s, (int64_t)ids.n + bos, 1, ROWS);
+    Progress progress = start_progress("scoring");
+    for (size_t at = 0, n; at < ids.n; at += n - bos) {
+        n = bos + (size_t)least(s->state.context - bos, (int)(ids.n - at));
+        const int *window = ids.at + at - bos;  // window[0] is BOS if there is one
+        for (size_t from = 0; from < n; from += ROWS) {
+            Step steps[ROWS];
+            int rows = least(ROWS, (int)(n - from));
+            for (int t = 0; t < rows; t++) {
+                int pos = (int)from + t;
+                steps[t] = (Step){bos && pos == 0 ? h->bos : window[pos], 0, pos};
+            }
+            forward(&s->state, steps, rows);
+            float *scores = logits(&s->state, 0, rows);
+            for (int t = 0; t < rows && from + (size_t)t + 1 < n; t++)
+                judge(s, sums, window[from + (size_t)t + 1],
+                      row(scores, t, s->model.config.vocab_size));
+            show_progress(&progress, (double)(at + from), (double)ids.n);
+            give_way(&s->out);
+        }
+    }
+    end_progress(&progress);
+    free(words.at);
+    free(ids.at);
+}
+
+// Natural logarithm of the probability that logits give to a token; they become probabilities.
+static double log_probability(float *scores, int n, int id) {
+    double above = (double)scores[id] - (double)peak_of(scores, n);
+    return above - log((double)softmax(scores, n, 1));
+}
+
+typedef struct { double nats, tokens; } Loss;
+
+static void add_loss(Session *s, void *sums, int id, float *scores) {
+    Loss *loss = sums;
+    loss->nats -= log_probability(scores, s->model.config.vocab_size, id);
+    loss->tokens++;
+}
+
+static void run_perplexity(Session *s) {
+    Loss loss = {0, 0};
+    score_text(s, add_loss, &loss);
+    double mean = loss.nats / loss.tokens;
+    if (fprintf(s->out.file, "nats %.6f per token\nperplexity %.4f\ntokens %.0f\n", mean, exp(mean),
+                loss.tokens) < 0)
+        fail_output(&s->out);
+}
+
+// A token as a line: its text, log-probability, rank, and the likeliest with their probabilities. On a
+// terminal as text on a ground that grows from none over yellow to red with its surprise.
+static void show_score(Session *s, void *unused, int id, float *scores) {
+    enum { SHOWN = 3 };
+    (void)unused;
+    int n = s->model.config.vocab_size, rank = 1, likeliest[SHOWN], grounds[] = {0, 230, 222, 209, 196};
+    double score = log_probability(scores, n, id);
+    Piece p = piece(&s->tokenizer, id);
+    Bytes line = {0};
+    for (int i = 0; i < n; i++)
+        rank += scores[i] > scores[id] || (scores[i] == scores[id] && i < id);
+    if (isatty(fileno(s->out.file))) {
+        int ground = grounds[score > -1 ? 0 : score > -2.5 ? 1 : score > -5 ? 2 : score > -8 ? 3 : 4];
+        fprintf(s->out.file, ground ? "\033[30;48;5;%dm" : "", ground);
+        write_bytes(&s->out, p.at, p.n);
+        fputs(ground ? "\033[0m" : "", s->out.file);
+        return;
+    }
+    append_json(&line, p.at, p.n);
+    fprintf(s->out.file, "%d\t%.*s\t%.4f\t%d", id, (int)line.n, line.at, score, rank);
+    for (int k = 0; k < SHOWN && k < n; k++) {
+        likeliest[k] = most_likely(scores, n);
+        p = piece(&s->tokenizer, likeliest[k]);
+        line.n = 0;
+        append_json(&line, p.at, p.n);
+        fprintf(s->out.file, "\t%.*s\t%.4f", (int)line.n, line.at, (double)scores[likeliest[k]]);
+        scores[likeliest[k]] = -1;
+    }
+    fputc('\n', s->out.file);
+    free(line.at);
+}
+
+static void run_score(Session *s) { score_text(s, show_score, NULL); }
+
+// Many prompts, one a line, decoded together: the weights are read once for all of them.
+typedef struct {
+    Text text;
+    size_t line;       // which it is; 0: the slot is free
+    Bytes prompt;
+} Task;
+
+typedef struct {
+    FILE *in;
+    size_t read;       // lines begun
+    size_t written;    // lines whose results are out
+    Bytes *results;    // those that wait for an earlier one, by line - 1
+    size_t room;
+} Queue;
+
+static const char *const stops[] = {"end", "limit", "context"};
+
+// The result of a task, out as soon as all before it are.
+static void finish_task(Session *s, Queue *q, Task *t, Stop stop) {
+    Bytes out = {0};
+    char numbers[64];
+    flush(&t->text.ready, &t->text.decoder);
+    append(&out, "{\"prompt\": ", 11);
+    append_json(&out, t->prompt.at, t->prompt.n);
+    append(&out, ", \"text\": ", 10);
+    append_json(&out, t->text.ready.at, t->text.ready.n);
+    append(&out, numbers, (size_t)snprintf(numbers, sizeof numbers, ", \"tokens\": %lld, \"stop\": "
+                                           "\"%s\"}\n", (long long)t->text.made, stops[stop]));
+    grow((void **)&q->results, &q->room, q->read, sizeof *q->results);
+    q->results[t->line - 1] = out;
+    free(t->prompt.at);
+    free_text(&t->text);
+    *t = (Task){0};
+}
+
+// Results in order, as far as they are there.
+static void write_results(Session *s, Queue *q) {
+    for (; q->written < q->read && q->results[q->written].n; q->written++) {
+        write_bytes(&s->out, q->results[q->written].at, q->results[q->written].n);
+        free(q->results[q->written].at);
+    }
+    if (fflush(s->out.file) != 0)
+        fail_output(&s->out);
+}
+
+// One more token for a task, from the logits before it; the task is finished when that was its last.
+static void extend_task(Session *s, Queue *q, Task *t, float *scores) {
+    if (!extend(s, &t->text, scores))
+        finish_task(s, q, t, ENDED);
+    else if (t->text.made >= s->options->steps)
+        finish_task(s, q, t, REACHED_LIMIT);
+    else if ((int)t->text.ids.n > s->state.context)
+        finish_task(s, q, t, CONTEXT_FULL);
+}
+
+// The next line as a task in a free slot; false: there are no more.
+static bool start_task(Session *s, Queue *q, Task *t, int slot) {
+    size_t room = 0;
+    char *line = NULL;
+    ssize_t n = getline(&line, &room, q->in);
+    if (n < 0) {
+        free(line);
+        return false;
+    }
+    n -= n && line[n - 1] == '\n';
+    grow((void **)&q->results, &q->room, q->read + 1, sizeof *q->results);
+    q->results[q->read++] = (Bytes){0};
+    *t = (Task){.text = new_text(s, slot), .line = q->read, .prompt = {line, (size_t)n, room}};
+    feed(s, &t->text, line, (size_t)n);
+    for (size_t i = 0; i < t->text.ids.n; i++)
+        decode(&t->text.ready, &t->text.decoder, t->text.ids.at[i]);
+    t->text.ready.n = 0;  // only the answer is text
+    if (t->text.ids.n == 0 || (int)t->text.ids.n > s->state.context)
+        finish_task(s, q, t, CONTEXT_FULL);
+    else if (s->options->steps == 0)
+        finish_task(s, q, t, REACHED_LIMIT);
+    else
+        extend_task(s, q, t, catch_up(s, &t->text));
+    return true;
+}
+
+// All tasks go one token further.
+static void step_tasks(Session *s, Queue *q, Task *tasks, int width) {
+    Step *steps = NEW(Step, width);
+    Task **active = NEW(Task *, width);
+    int n = 0;
+    for (int i = 0; i < width; i++)
+        if (tasks[i].line) {
+            Text *text = &tasks[i].text;
+            steps[n] = (Step){text->ids.at[text->ids.n - 1], i, text->pos++};
+            active[n++] = &tasks[i];
+        }
+    if (n) {
+        forward(&s->state, steps, n);
+        float *scores = logits(&s->state, 0, n);
+        for (int i = 0; i < n; i++)
+            extend_task(s, q, active[i], row(scores, i, s->model.config.vocab_size));
+    }
+    free(steps);
+    free(active);
+}
+
+static void run_batch(Session *s) {
+    const char *path = s->options->batch ? s->options->batch : "-";
+    int width = s->options->width ? (int)s->options->width : 8;
+    Queue q = {.in = strcmp(path, "-") == 0 ? stdin : fopen(path, "r")};
+    if (!q.in)
+        die("%s: %s", path, strerror(errno));
+    need_tokenizer(s);
+    need_state(s, INT64_MAX, width, width);
+    Task *tasks = NEW(Task, width);
+    double begin = seconds(), made = 0;
+    for (bool more = true, busy = true; busy;) {
+        busy = false;
+        for (int i = 0; i < width; i++) {
+            while (more && tasks[i].line == 0)
+                more = start_task(s, &q, &tasks[i], i);
+            busy |= tasks[i].line != 0;
+            made += tasks[i].line != 0;
+        }
+        step_tasks(s, &q, tasks, width);
+        write_results(s, &q);
+        give_way(&s->out);
+    }
+    say_speed("generated", made, seconds() - begin);
+    if (q.in != stdin)
+        fclose(q.in);
+    free(q.results);
+    free(tasks);
 }
 
 // Token ids in decimal, separated by white space.
@@ -3673,7 +3990,7 @@ static void run_info(Session *s) {
                                       : c->max_seq_len;
     Room room = {context, 1, 1, default_batch(c)};
     fprintf(out, "file %s\nformat %s\nweights %s\nparameters %.0f\n", s->model.file.path,
-            s->model.form, types[c->type].name, parameters(&s->model));
+            s->model.form, type_names[c->type], parameters(&s->model));
     for (int i = 1; i < COUNT(fields); i++)
         fprintf(out, "%s %.10g\n", fields[i].name, field_value(c, &fields[i]));
     fprintf(out, "weights %.1f MB\nstate %.1f MB\nthreads %d\n", (double)s->model.file.size / 1e6,
@@ -3708,7 +4025,7 @@ static void pack_panels(void *job, int thread, int first, int end) {
             int row = (p->first + i) * PANEL + r;
             memset(x, 0, wide * sizeof *x);
             if (row < w->rows)
-                types[w->type].unpack(x, w, row);
+                unpack_row(x, w, row);
             for (int j = 0; j < w->cols; j++)
                 p->power[i] += (double)x[j] * (double)x[j];
             p->error[i] += pack_row(p->panels + (size_t)i * bytes, p->type, r, x, w->cols);
@@ -3735,7 +4052,7 @@ static void write_packed(Session *s, const Tensor *w, Type type, const char *nam
         if (!(sums[0] < INFINITY && sums[1] < INFINITY)) {
             drop_output(&s->out);
             die("%s: %s holds weights that are infinite, not numbers or too large for %s",
-                s->model.file.path, name, types[type].name);
+                s->model.file.path, name, type_names[type]);
         }
         write_bytes(&s->out, p.panels, (size_t)n * bytes);
         give_way(&s->out);
@@ -3768,7 +4085,7 @@ static void run_quantize(Session *s) {
     if (!o->output || !o->type)
         die("-m quantize wants -q q8 or -q q4, and -o for the file to write");
     Type type = strcmp(o->type, "q8") == 0 ? Q8 : Q4;
-    if (strcmp(o->type, types[type].name) != 0)
+    if (strcmp(o->type, type_names[type]) != 0)
         die("-q wants q8 or q4, not '%s'", o->type);
     if (c.type == Q4)
         die("%s: q4 is not quantized again", o->model);
@@ -3953,12 +4270,16 @@ static const struct Mode {
     const char *name, *does;
     void (*run)(Session *s);
 } modes[] = {
-    {"generate", "continue the prompt (default)",                          run_generate},
-    {"logits",   "token ids of -f to logits: float32 (tokens, vocabulary)", run_logits},
-    {"tokens",   "ids of the prompt, one a line, without BOS",             run_tokens},
-    {"info",     "what the checkpoint and the tokenizer hold",             run_info},
-    {"quantize", "write the model as -q to -o",                            run_quantize},
-    {"bench",    "measure the machine and what share of it is reached",    run_bench},
+    {"generate",   "continue the prompt (default)",                          run_generate},
+    {"chat",       "talk: turns from -i and standard input",               run_chat},
+    {"batch",      "complete the lines of -b, JSON lines out",             run_batch},
+    {"perplexity", "how well the text of -i or -f is foreseen",            run_perplexity},
+    {"score",      "the same, token by token",                             run_score},
+    {"logits",     "token ids of -f to logits: float32 (tokens, vocabulary)", run_logits},
+    {"tokens",     "ids of the prompt, one a line, without BOS",             run_tokens},
+    {"info",       "what the checkpoint and the tokenizer hold",             run_info},
+    {"quantize",   "write the model as -q to -o",                            run_quantize},
+    {"bench",      "measure the machine and what share of it is reached",    run_bench},
 };
 
 // One row an option: parsing, checking and the usage are all read from here.
@@ -3987,9 +4308,13 @@ static const struct Option {
     {'s', WHOLE,  "N",    "seed of the random numbers (time)",         offsetof(Options, seed), 0, 9e15},
     {'c', WHOLE,  "N",    "context in tokens (the model's)",           offsetof(Options, context), 1, 1e9},
     {'j', WHOLE,  "N",    "threads (physical cores)",                  offsetof(Options, threads), 1, MAX_THREADS},
+    {'y', TEXT,   "TEXT", "chat: system prompt",                       offsetof(Options, system), 0, 0},
+    {'x', TEXT,   "NAME", "chat: format, if not the tokenizer's",      offsetof(Options, format), 0, 0},
+    {'b', TEXT,   "FILE", "batch: prompts, one a line, - for standard input",
+                                                             offsetof(Options, batch), 0, 0},
     {'q', TEXT,   "TYPE", "quantize to q8 or q4",                      offsetof(Options, type), 0, 0},
     {'d', WHOLE,  "N",    "bench: depth of the second decoding",       offsetof(Options, depth), 0, 1e9},
-    {'w', WHOLE,  "N",    "steps that go through the layers at once, at most",
+    {'w', WHOLE,  "N",    "batch: prompts at once (8); logits: tokens at once",
                                                              offsetof(Options, width), 1, 1e6},
     {'v', SWITCH, "",     "say more",                                  offsetof(Options, verbose), 0, 0},
 };
@@ -4000,7 +4325,7 @@ static void print_usage(FILE *out) {
         fprintf(out, "  -%c %-5s %s\n", options[i].letter, options[i].value, options[i].does);
     fprintf(out, "  -h       this page; --version prints %s\n\nmodes\n", VERSION);
     for (int i = 0; i < COUNT(modes); i++)
-        fprintf(out, "  %-9s %s\n", modes[i].name, modes[i].does);
+        fprintf(out, "  %-10s %s\n", modes[i].name, modes[i].does);
     fprintf(out, "\nexit status: 0 done, %d failed, %d wrong usage\n", FAILED, MISUSED);
 }
 
@@ -4072,6 +4397,8 @@ static Options parse_options(int argc, char **argv) {
     }
     if (!o.model)
         misuse("no model");
+    if (o.batch)
+        o.mode = "batch";
     return o;
 }
 
@@ -4096,7 +4423,8 @@ int main(int argc, char **argv) {
     signal(SIGBUS, on_bus_error);
     if (o.seed < 0) {
         o.seed = (int64_t)time(NULL);
-        if (mode->run == run_generate && o.temperature > 0)
+        if (o.temperature > 0 && (mode->run == run_generate || mode->run == run_chat
+                                  || mode->run == run_batch))
             fprintf(stderr, "seed %lld\n", (long long)o.seed);
     }
     static Session s;
