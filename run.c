@@ -67,20 +67,31 @@
 
 #define VERSION "1.0"
 #define INLINE static inline __attribute__((always_inline))
+#if defined __clang__
+#define UNROLL _Pragma("unroll")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
 enum { FAILED = 1, MISUSED = 2 };  // exit statuses; 0 is success
 
-// Print "run: ..." as one line and exit. For what the user can mend: paths, files, options.
+// Print "run: ..." as one line and exit. For what the user can mend: paths, files, options. Names and
+// text from files may hold anything, so control characters are not passed on to a terminal.
+static void complain(const char *format, va_list args) {
+    char line[2048];
+    fflush(stdout);
+    vsnprintf(line, sizeof line, format, args);
+    for (char *c = line; *c; c++)
+        *c = iscntrl((unsigned char)*c) ? '?' : *c;
+    fprintf(stderr, "run: %s\n", line);
+}
+
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fputs("run: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    complain(format, args);
     exit(FAILED);
 }
 
@@ -202,41 +213,52 @@ static Bytes read_text(const char *path) {
     return b;
 }
 
-// Where results go: standard output, or a file that takes its name only when it is complete.
+// Where results go: standard output, or a file that takes its name only when it is complete. On Linux
+// it has none before, so whatever ends the program leaves nothing behind; elsewhere it is PATH.part.
 typedef struct {
     FILE *file;
-    const char *path;   // NULL for standard output
-    char *beside;       // the name until then; NULL for what cannot be renamed (a device, a pipe)
+    const char *path;  // NULL for standard output
+    char *beside;      // the name before it is renamed; NULL for what cannot be (a device, a pipe)
+    bool nameless;
 } Output;
+
+__attribute__((noreturn))
+static void fail_output(const Output *o) {
+    int reason = errno;
+    if (o->beside && !o->nameless)
+        unlink(o->beside);
+    die("%s: cannot be written: %s", o->path ? o->path : "standard output", strerror(reason));
+}
+
+static int open_nameless(const char *path) {
+#if defined O_TMPFILE
+    const char *slash = strrchr(path, '/');
+    char *folder = slash ? strndup(path, (size_t)(slash + 1 - path)) : strdup(".");
+    int fd = folder ? open(folder, O_TMPFILE | O_WRONLY, 0666) : -1;
+    free(folder);
+    return fd;
+#else
+    (void)path;
+    return -1;
+#endif
+}
 
 static Output open_output(const char *path) {
     struct stat st;
     if (!path || strcmp(path, "-") == 0)
-        return (Output){stdout, NULL, NULL};
-    Output o = {NULL, path, NULL};
+        return (Output){.file = stdout};
+    Output o = {.path = path};
+    int fd = -1;
     if (stat(path, &st) != 0 || S_ISREG(st.st_mode)) {
-        o.beside = NEW(char, strlen(path) + 32);
-        sprintf(o.beside, "%s.%ld.part", path, (long)getpid());
+        o.beside = NEW(char, strlen(path) + sizeof ".part");
+        sprintf(o.beside, "%s.part", path);
+        fd = open_nameless(path);
+        o.nameless = fd >= 0;
     }
-    o.file = fopen(o.beside ? o.beside : path, "wb");
+    o.file = fd >= 0 ? fdopen(fd, "wb") : fopen(o.beside ? o.beside : path, "wb");
     if (!o.file)
-        die("%s: cannot be written: %s", path, strerror(errno));
+        fail_output(&o);
     return o;
-}
-
-// Give up: nothing stays behind.
-static void drop_output(Output *o) {
-    if (o->beside)
-        unlink(o->beside);
-    free(o->beside);
-    o->beside = NULL;
-}
-
-__attribute__((noreturn))
-static void fail_output(Output *o) {
-    int reason = errno;
-    drop_output(o);
-    die("%s: cannot be written: %s", o->path ? o->path : "standard output", strerror(reason));
 }
 
 static void write_bytes(Output *o, const void *data, size_t n) {
@@ -245,17 +267,22 @@ static void write_bytes(Output *o, const void *data, size_t n) {
 }
 
 static void close_output(Output *o) {
+    char link[64];
     if (fflush(o->file) != 0 || ferror(o->file))
         fail_output(o);
-    if (o->path && fclose(o->file) != 0)
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fileno(o->file));
+    if (o->nameless)
+        unlink(o->beside);
+    if (o->nameless && linkat(AT_FDCWD, link, AT_FDCWD, o->beside, AT_SYMLINK_FOLLOW) != 0)
         fail_output(o);
-    if (o->beside && rename(o->beside, o->path) != 0)
+    o->nameless = false;
+    if ((o->path && fclose(o->file) != 0) || (o->beside && rename(o->beside, o->path) != 0))
         fail_output(o);
     free(o->beside);
 }
 
-// Ctrl-C is held back between these two and asked for between steps, so that no handler, and no
-// variable that a handler changes, is needed.
+// Ctrl-C held back is asked for between steps, so that no handler is needed, and no variable that one
+// would change.
 static void hold_interrupt(bool held) {
     sigset_t set;
     sigemptyset(&set);
@@ -275,14 +302,6 @@ static void take_interrupt(void) {
     sigaddset(&set, SIGINT);
     if (interrupt_waits())
         sigwait(&set, &which);
-}
-
-// Between the steps of a mode that writes a file: an interrupt leaves nothing half written behind.
-static void give_way(Output *o) {
-    if (o->beside && interrupt_waits()) {
-        drop_output(o);
-        hold_interrupt(false);
-    }
 }
 
 static double seconds(void) {
@@ -565,7 +584,8 @@ static Config read_llama2c_config(const uint8_t *h, const char *path) {
     for (int i = 0; i < COUNT(ints); i++)
         *ints[i] = (int)read_u32(h + 4 * i);
     if (c.n_heads > 0 && c.dim % c.n_heads)
-        die("%s: dim %d is no multiple of n_heads %d", path, c.dim, c.n_heads);
+        die("%s: not a checkpoint, or its dim %d is no multiple of its n_heads %d", path, c.dim,
+            c.n_heads);
     c.head_dim = c.n_heads > 0 ? c.dim / c.n_heads : 1;
     return c;
 }
@@ -682,7 +702,7 @@ static void refuse_strangers(const File *f) {
     static const struct { const char *start; size_t n; const char *what; } strangers[] = {
         {"GGUF", 4, "a GGUF file"},
         {"PK\3\4", 4, "a zip archive, as PyTorch writes"},
-        {"24ka", 4, "byte-swapped: written on a big-endian machine"},
+        {"ak42", 4, "byte-swapped: written on a big-endian machine"},
         {"LLAMA02T", 8, "a tokenizer"},
     };
     for (int i = 0; i < COUNT(strangers); i++)
@@ -1158,6 +1178,16 @@ INLINE float join(f32v v) {
     return x[0];
 }
 
+// The largest lane. NaN loses.
+INLINE float greatest(f32v v) {
+    float x[WIDTH];
+    store_f32(x, v);
+    for (int apart = WIDTH / 2; apart; apart /= 2)
+        UNROLL for (int i = 0; i < apart; i++)
+            x[i] = x[i] < x[i + apart] ? x[i + apart] : x[i];
+    return x[0];
+}
+
 // Four vectors joined, each as join does. On AVX-512 halves of two vectors are added as one, which
 // makes 4 joins cost 16 instructions (prompts of 1.1B bf16: 12 % faster than four joins).
 INLINE void join4(float *out, f32v a, f32v b, f32v c, f32v d) {
@@ -1254,10 +1284,7 @@ INLINE i32v spread_bytes(const int8_t *q) {
 // 32 numbers as integers and a scale; returns the sum of the integers. The largest becomes 127.
 static int quantize_group(int8_t *q, float *scale, const float *x) {
     f32v a = load_f32(x), b = load_f32(x + WIDTH);
-    float peaks[WIDTH], peak = 0;
-    store_f32(peaks, greater_of(magnitude(a), magnitude(b)));
-    for (int i = 0; i < WIDTH; i++)
-        peak = peaks[i] > peak ? peaks[i] : peak;
+    float peak = greatest(greater_of(magnitude(a), magnitude(b)));
     f32v inverse = spread(peak > 0 ? 127.0f / peak : 0);
     i32v whole[2] = {as_int(add(mul(a, inverse), spread(ROUNDER))),
                      as_int(add(mul(b, inverse), spread(ROUNDER)))};
@@ -1612,10 +1639,10 @@ static double pack_row(uint8_t *panel, Type type, int row, const float *x, int c
     uint8_t *scales = panel + line_bytes(type, cols);
     double error = 0;
     for (int g = 0; g < (int)group_count(cols); g++) {
-        float q[GROUP], peak = 0, better, rest;
+        float q[GROUP], better, rest;
         const float *group = x + g * GROUP;
-        for (int i = 0; i < GROUP; i++)
-            peak = fabsf(group[i]) > peak ? fabsf(group[i]) : peak;
+        float peak = greatest(greater_of(magnitude(load_f32(group)),
+                                         magnitude(load_f32(group + WIDTH))));
         float scale = type == Q8 ? half_scale(peak / 127) : q4_scale(group, peak);
         float lowest = type == Q8 ? -127 : -8, highest = type == Q8 ? 127 : 7;
         error += round_group(q, group, scale, lowest, highest, &better, &rest);
@@ -1763,10 +1790,7 @@ static void weigh(Desk *d, int j, int v0, int v1) {
     f32v peaks = spread(-INFINITY), total = spread(0);
     for (int v = v0; v < v1; v++)
         peaks = greater_of(peaks, load_f32(w + v * WIDTH));
-    float all[WIDTH], peak = -INFINITY;
-    store_f32(all, peaks);
-    for (int i = 0; i < WIDTH; i++)
-        peak = all[i] > peak ? all[i] : peak;
+    float peak = greatest(peaks);
     f32v base = spread(first < end ? peak : 0);
     for (int v = v0; v < v1; v++) {
         f32v e = exponential(sub(load_f32(w + v * WIDTH), base));
@@ -2211,11 +2235,10 @@ static void attend_items(void *job, int thread, int first, int end) {
         }
         int from = first_seen(r, run.first) / BLOCK;
         int to = r->steps[run.first + run.n - 1].pos / BLOCK;
-        for (int block = r->parts > 1 ? most(from, part) : from; block <= to; block++) {
+        if (r->parts > 1)
+            from = most(from, part), to = least(to, part);
+        for (int block = from; block <= to; block++)
             visit_block(r, &r->s->desks[thread], run, kv_head, block);
-            if (r->parts > 1)
-                break;
-        }
     }
 }
 
@@ -3193,13 +3216,10 @@ static int most_likely(const float *logits, int n) {
 
 static float peak_of(const float *x, int n) {
     f32v peaks = spread(-INFINITY);
-    float all[WIDTH], peak = -INFINITY;
     int whole = n / WIDTH * WIDTH;
     for (int i = 0; i < whole; i += WIDTH)
         peaks = greater_of(peaks, load_f32(x + i));
-    store_f32(all, peaks);
-    for (int i = 0; i < WIDTH; i++)
-        peak = all[i] > peak ? all[i] : peak;
+    float peak = greatest(peaks);
     for (int i = whole; i < n; i++)
         peak = x[i] > peak ? x[i] : peak;
     return peak;
@@ -3299,7 +3319,7 @@ typedef struct {
     const char *model, *tokenizer, *mode, *prompt, *file, *system, *output, *type, *format, *batch;
     double temperature, top_p, min_p, penalty;
     int64_t steps, threads, context, seed, top_k, depth, width;
-    bool verbose;
+    bool verbose, seed_is_time;
 } Options;
 
 typedef struct {
@@ -3312,6 +3332,7 @@ typedef struct {
     Candidate *candidates;  // (vocab)
     Taste taste;
     Output out;
+    bool out_is_terminal;
 } Session;
 
 // One text in one slot of the cache.
@@ -3331,6 +3352,11 @@ static Text new_text(const Session *s, int slot) {
     // xorshift never leaves state 0, so seed 0 stands for another
     uint64_t seed = s->options->seed ? (uint64_t)s->options->seed : 0x9e3779b97f4a7c15ull;
     return (Text){.slot = slot, .random = seed, .decoder.tokenizer = &s->tokenizer};
+}
+
+static void say_seed(const Session *s) {
+    if (s->options->temperature > 0 && s->options->seed_is_time)
+        fprintf(stderr, "seed %lld\n", (long long)s->options->seed);
 }
 
 static void free_text(Text *t) {
@@ -3366,8 +3392,12 @@ static float *catch_up(Session *s, Text *text) {
     return logits(state, n - 1, 1);
 }
 
-// Write what is ready, and send it off so that it is seen at once.
+// Write what is ready, and send it off so that it is seen at once. A model's words must not steer a
+// terminal.
 static void show_ready(Session *s, Text *text) {
+    for (size_t i = 0; s->out_is_terminal && i < text->ready.n; i++)
+        if (iscntrl((unsigned char)text->ready.at[i]) && !strchr("\n\t", text->ready.at[i]))
+            text->ready.at[i] = '?';
     write_bytes(&s->out, text->ready.at, text->ready.n);
     if (text->ready.n && fflush(s->out.file) != 0)
         fail_output(&s->out);
@@ -3510,6 +3540,7 @@ static void run_generate(Session *s) {
         die("the prompt has %d tokens, the context %d", given, s->state.context);
     for (int i = 0; i < given; i++)
         decode(&text.ready, &text.decoder, text.ids.at[i]);
+    say_seed(s);
     double start = seconds();
     float *scores = catch_up(s, &text);
     double middle = seconds();
@@ -3630,7 +3661,7 @@ static void talk(Session *s, Text *text, const struct Format *f, Bytes message) 
     Stop stop = reply(s, text, catch_up(s, text), s->options->steps);
     if (stop == INTERRUPTED)
         take_interrupt();
-    hold_interrupt(s->out.beside != NULL);
+    hold_interrupt(false);
     end_line(s, text);
     if (stop == CONTEXT_FULL) {
         fprintf(stderr, "the context of %d tokens is full: beginning again\n", s->state.context);
@@ -3647,9 +3678,15 @@ static void run_chat(Session *s) {
     char *line = NULL;
     size_t room = 0;
     need_state(s, INT64_MAX, 1, 1);
+    say_seed(s);
     if (s->options->prompt)
         talk(s, &text, format, (Bytes){(char *)s->options->prompt, strlen(s->options->prompt), 0});
-    for (ssize_t n; terminal && fputs("> ", stderr), (n = getline(&line, &room, stdin)) >= 0;) {
+    for (;;) {
+        if (terminal)
+            fputs("> ", stderr);
+        ssize_t n = getline(&line, &room, stdin);
+        if (n < 0)
+            break;
         while (n && (line[n - 1] == '\n' || line[n - 1] == '\r'))
             n--;
         if (n)
@@ -3697,6 +3734,8 @@ static void score_text(Session *s, Judge *judge, void *sums) {
     if (ids.n < 2)
         die("the text has %zu tokens, too few to score", ids.n);
     need_state(s, (int64_t)ids.n + bos, 1, ROWS);
+    if (s->state.context < 2)
+        die("a context of 1 token has no room for one to score");
     Progress progress = start_progress("scoring");
     for (size_t at = 0, n; at < ids.n; at += n - bos) {
         n = bos + (size_t)least(s->state.context - bos, (int)(ids.n - at));
@@ -3714,7 +3753,6 @@ static void score_text(Session *s, Judge *judge, void *sums) {
                 judge(s, sums, window[from + (size_t)t + 1],
                       row(scores, t, s->model.config.vocab_size));
             show_progress(&progress, (double)(at + from), (double)ids.n);
-            give_way(&s->out);
         }
     }
     end_progress(&progress);
@@ -3750,7 +3788,7 @@ static void run_perplexity(Session *s) {
 static void show_score(Session *s, void *unused, int id, float *scores) {
     enum { SHOWN = 3 };
     (void)unused;
-    int n = s->model.config.vocab_size, rank = 1, likeliest[SHOWN], grounds[] = {0, 230, 222, 209, 196};
+    int n = s->model.config.vocab_size, rank = 1, likeliest[SHOWN], grounds[] = {255, 230, 222, 209, 196};
     double score = log_probability(scores, n, id);
     Piece p = piece(&s->tokenizer, id);
     Bytes line = {0};
@@ -3758,9 +3796,7 @@ static void show_score(Session *s, void *unused, int id, float *scores) {
         rank += scores[i] > scores[id] || (scores[i] == scores[id] && i < id);
     if (isatty(fileno(s->out.file))) {
         int ground = grounds[score > -1 ? 0 : score > -2.5 ? 1 : score > -5 ? 2 : score > -8 ? 3 : 4];
-        fprintf(s->out.file, ground ? "\033[30;48;5;%dm" : "", ground);
-        write_bytes(&s->out, p.at, p.n);
-        fputs(ground ? "\033[0m" : "", s->out.file);
+        fprintf(s->out.file, "\033[30;48;5;%dm%.*s\033[0m", ground, (int)p.n, p.at);
         return;
     }
     append_json(&line, p.at, p.n);
@@ -3797,7 +3833,7 @@ typedef struct {
 static const char *const stops[] = {"end", "limit", "context"};
 
 // The result of a task, out as soon as all before it are.
-static void finish_task(Session *s, Queue *q, Task *t, Stop stop) {
+static void finish_task(Queue *q, Task *t, Stop stop) {
     Bytes out = {0};
     char numbers[64];
     flush(&t->text.ready, &t->text.decoder);
@@ -3827,11 +3863,11 @@ static void write_results(Session *s, Queue *q) {
 // One more token for a task, from the logits before it; the task is finished when that was its last.
 static void extend_task(Session *s, Queue *q, Task *t, float *scores) {
     if (!extend(s, &t->text, scores))
-        finish_task(s, q, t, ENDED);
+        finish_task(q, t, ENDED);
     else if (t->text.made >= s->options->steps)
-        finish_task(s, q, t, REACHED_LIMIT);
+        finish_task(q, t, REACHED_LIMIT);
     else if ((int)t->text.ids.n > s->state.context)
-        finish_task(s, q, t, CONTEXT_FULL);
+        finish_task(q, t, CONTEXT_FULL);
 }
 
 // The next line as a task in a free slot; false: there are no more.
@@ -3852,9 +3888,9 @@ static bool start_task(Session *s, Queue *q, Task *t, int slot) {
         decode(&t->text.ready, &t->text.decoder, t->text.ids.at[i]);
     t->text.ready.n = 0;  // only the answer is text
     if (t->text.ids.n == 0 || (int)t->text.ids.n > s->state.context)
-        finish_task(s, q, t, CONTEXT_FULL);
+        finish_task(q, t, CONTEXT_FULL);
     else if (s->options->steps == 0)
-        finish_task(s, q, t, REACHED_LIMIT);
+        finish_task(q, t, REACHED_LIMIT);
     else
         extend_task(s, q, t, catch_up(s, &t->text));
     return true;
@@ -3889,6 +3925,7 @@ static void run_batch(Session *s) {
         die("%s: %s", path, strerror(errno));
     need_tokenizer(s);
     need_state(s, INT64_MAX, width, width);
+    say_seed(s);
     Task *tasks = NEW(Task, width);
     double begin = seconds(), made = 0;
     for (bool more = true, busy = true; busy;) {
@@ -3901,7 +3938,6 @@ static void run_batch(Session *s) {
         }
         step_tasks(s, &q, tasks, width);
         write_results(s, &q);
-        give_way(&s->out);
     }
     say_speed("generated", made, seconds() - begin);
     if (q.in != stdin)
@@ -3915,7 +3951,7 @@ static Tokens read_ids(const char *path, int vocab_size) {
     Bytes b = read_text(path ? path : "-");
     Tokens ids = {0};
     append(&b, "", 1);
-    for (char *p = b.at, *end; *(p += strspn(p, " \t\r\n")); p = end) {
+    for (char *p = b.at, *end; (p += strspn(p, " \t\r\n")) < b.at + b.n - 1; p = end) {
         errno = 0;
         long id = strtol(p, &end, 10);
         if (end == p || (*end && !strchr(" \t\r\n", *end)) || errno || id < 0 || id >= vocab_size)
@@ -3951,7 +3987,6 @@ static void run_logits(Session *s) {
             write_bytes(&s->out, logits(&s->state, t, rows),
                         (size_t)rows * (size_t)c->vocab_size * sizeof(float));
         }
-        give_way(&s->out);
         show_progress(&progress, at + n, (double)ids.n);
     }
     end_progress(&progress);
@@ -4049,13 +4084,10 @@ static void write_packed(Session *s, const Tensor *w, Type type, const char *nam
         parallel(&s->pool, n, pack_panels, &p);
         for (int i = 0; i < n; i++)
             sums[0] += error[i], sums[1] += power[i];
-        if (!(sums[0] < INFINITY && sums[1] < INFINITY)) {
-            drop_output(&s->out);
+        if (!(sums[0] < INFINITY && sums[1] < INFINITY))
             die("%s: %s holds weights that are infinite, not numbers or too large for %s",
                 s->model.file.path, name, type_names[type]);
-        }
         write_bytes(&s->out, p.panels, (size_t)n * bytes);
-        give_way(&s->out);
         show_progress(progress, (double)(w->data - s->model.file.at), all);
     }
     free(p.panels);
@@ -4319,7 +4351,17 @@ static const struct Option {
     {'v', SWITCH, "",     "say more",                                  offsetof(Options, verbose), 0, 0},
 };
 
-static void print_usage(FILE *out) {
+__attribute__((noreturn))
+static void finish_page(const char *text) {
+    Output out = open_output(NULL);
+    write_bytes(&out, text, strlen(text));
+    close_output(&out);
+    exit(0);
+}
+
+__attribute__((noreturn))
+static void print_usage(void) {
+    FILE *out = stdout;
     fprintf(out, "usage: ./run MODEL [options]\n\noptions\n");
     for (int i = 0; i < COUNT(options); i++)
         fprintf(out, "  -%c %-5s %s\n", options[i].letter, options[i].value, options[i].does);
@@ -4327,15 +4369,14 @@ static void print_usage(FILE *out) {
     for (int i = 0; i < COUNT(modes); i++)
         fprintf(out, "  %-10s %s\n", modes[i].name, modes[i].does);
     fprintf(out, "\nexit status: 0 done, %d failed, %d wrong usage\n", FAILED, MISUSED);
+    finish_page("");
 }
 
 __attribute__((noreturn, format(printf, 1, 2)))
 static void misuse(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    fputs("run: ", stderr);
-    vfprintf(stderr, format, args);
-    fputs("; ./run -h lists the options\n", stderr);
+    complain(format, args);
     exit(MISUSED);
 }
 
@@ -4382,11 +4423,9 @@ static Options parse_options(int argc, char **argv) {
                  .seed = -1};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) {
-            print_usage(stdout);
-            exit(0);
+            print_usage();
         } else if (strcmp(argv[i], "--version") == 0) {
-            puts("LLaMA-02 " VERSION);
-            exit(0);
+            finish_page("LLaMA-02 " VERSION "\n");
         } else if (argv[i][0] == '-' && argv[i][1]) {
             parse_option(&o, argc, argv, &i);
         } else if (o.model) {
@@ -4421,16 +4460,13 @@ int main(int argc, char **argv) {
     Options o = parse_options(argc, argv);
     const struct Mode *mode = find_mode(o.mode);
     signal(SIGBUS, on_bus_error);
-    if (o.seed < 0) {
-        o.seed = (int64_t)time(NULL);
-        if (o.temperature > 0 && (mode->run == run_generate || mode->run == run_chat
-                                  || mode->run == run_batch))
-            fprintf(stderr, "seed %lld\n", (long long)o.seed);
-    }
+    signal(SIGXFSZ, SIG_IGN);  // a file too large is an error of its write
+    o.seed_is_time = o.seed < 0;
+    o.seed = o.seed_is_time ? (int64_t)time(NULL) : o.seed;
     static Session s;
     open_session(&s, &o);
     s.out = open_output(o.output);
-    hold_interrupt(s.out.beside != NULL);
+    s.out_is_terminal = isatty(fileno(s.out.file));
     mode->run(&s);
     close_output(&s.out);
     close_session(&s);
