@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 import unittest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -391,9 +392,9 @@ class SameBits(Case):
         return out
 
     def ids(self, model):
-        vocab = struct.unpack("<I", read(model)[40:44])[0] if model != STORIES else 512
+        vocab, context = struct.unpack("<II", read(model)[40:48]) if model != STORIES else (512, 512)
         dice = random.Random(2)
-        return [dice.randrange(vocab) for _ in range(150)]
+        return [dice.randrange(vocab) for _ in range(min(300, context))]  # past a block of attention if it can
 
     def check(self, kind):
         model = self.model(kind)
@@ -534,8 +535,27 @@ class Tokenizers(Case):
                 path = self.write("text", text)
                 self.assertEqual(self.ok(model, "-z", tokenizer, "-n", 0, "-t", 0, "-f", path), text + b"\n")
 
-    def encoded(self, text):
-        return self.ok(self.big_model(), "-z", LLAMA2, "-m", "tokens", "-i", "-", stdin=text)
+    def encoded(self, text, tokenizer=LLAMA2):
+        return self.ok(self.big_model(), "-z", tokenizer, "-m", "tokens", "-i", "-", stdin=text)
+
+    def test_text_is_brought_to_nfc_where_the_tokenizer_says_so(self):
+        dice = random.Random(7)
+        letters = "aAoUe\u1100\u1161\u11a8\uac00\u0915\u4e2d\u212b\u2126"
+        letters += "\u0300\u0301\u0308\u0315\u0323\u0327\u093c" * 3
+        texts = ["".join(dice.choice(letters) for _ in range(40)) for _ in range(4 if WRAP else 40)]
+        qwen = self.exported("qwen2-2k/tokenizer.json")
+        for text in texts + ["e\u0315\u0300\u0323x", "\u1100\u1161\u11a8", "\u0344", "\u0958"]:
+            nfc = unicodedata.normalize("NFC", text)
+            self.assertEqual(self.encoded(text.encode(), qwen), self.encoded(nfc.encode(), qwen), ascii(text))
+            back = self.ok(self.big_model(), "-z", qwen, "-n", 0, "-t", 0, "-i", "-", stdin=text.encode())
+            self.assertEqual(back, nfc.encode() + b"\n", ascii(text))
+
+    def test_user_defined_tokens_are_found_first_and_the_longest_of_them(self):
+        words = PLAIN + [(0.0, 4, b"<a>"), (0.0, 4, b"<a><b>"), (-1.0, 1, b" "), (-1.0, 1, b"x"), (9.0, 1, b"x<")]
+        model = self.tiny(tokenizer=tokenizer(words))
+        for text, ids in (("x<a>x", [261, 262, 259, 262]), ("x<a><b>", [261, 262, 260]), ("<b>", [261, 63, 101, 65]),
+                          ("<a><a><b><a", [261, 259, 260, 63, 100])):
+            self.assertEqual([int(i) for i in self.ok(model, "-m", "tokens", "-i", text).split()], ids, text)
 
     def test_a_megabyte_is_encoded(self):
         text = (b"The quick brown fox, who is 42, jumps over the lazy dog's back. " * 17000)[:1 << 20]
@@ -726,6 +746,15 @@ class Batch(Case):
         done = self.complete([b"a\n", b"b c d e f g h i j k\n"], "-n", 3, "-t", 0, "-c", 6)
         self.assertEqual([d["stop"] for d in done], ["limit", "context"])
 
+    def test_what_is_no_text_is_json_all_the_same(self):
+        done = self.complete([b"a\tb\x01\x7f\n", b"\xff\xf0\x9f\n", b"\0\n", b"\r\n", b"no end"], "-n", 2, "-t", 0)
+        self.assertEqual([d["prompt"] for d in done][:3], ["a\tb\x01\x7f", "\ufffd\ufffd\ufffd", "\0"])
+        self.assertEqual(len(done), 5)
+
+    def test_a_prompt_longer_than_the_context_stops_at_once_and_the_others_go_on(self):
+        done = self.complete([b"a " * 1000 + b"\n", b"b\n"], "-n", 2, "-t", 0)
+        self.assertEqual([(d["tokens"], d["stop"]) for d in done], [(0, "context"), (2, "limit")])
+
     def test_no_lines_have_no_answers(self):
         self.assertEqual(self.complete([]), [])
 
@@ -748,6 +777,10 @@ class Chat(Case):
                                stdin=b"Hello\n\nWho?\nlast")
                 self.assertGreaterEqual(said.count(b"\n"), 3)
                 self.assertTrue(n > 0 or said == b"\n\n\n", said)
+
+    def test_the_first_message_may_be_an_option(self):
+        model = [self.model(3), "-m", "chat", "-t", 0, "-n", 4]
+        self.assertEqual(self.ok(*model, "-i", " Hello "), self.ok(*model, stdin=b" Hello \n"))
 
     def test_without_a_format_it_asks_for_one(self):
         self.refused(self.model(0), "-m", "chat", "-t", 0, wanted="-x")
@@ -800,7 +833,7 @@ class Outputs(Case):
 
     def big(self):
         """A sparse checkpoint that takes a while to quantize."""
-        c = {**TINY, "dim": 512, "n_heads": 1, "head_dim": 512, "hidden_dim": 512, "vocab_size": 1 << 16, "flags": TIED}
+        c = {**TINY, "dim": 512, "n_heads": 1, "head_dim": 512, "hidden_dim": 512, "vocab_size": 1 << 17, "flags": TIED}
         size = 256
         for rows, columns in shapes(c):
             size = up(size, 64) + size_of(rows, columns, 0)
@@ -808,23 +841,19 @@ class Outputs(Case):
         os.truncate(path, size)
         return path
 
-    def begun(self, process):
-        """Wait until something stands beside the model."""
-        for _ in range(10 * MOST_SECONDS):
-            if len(os.listdir(self.place)) > 1 or process.poll() is not None:
-                return
-            time.sleep(0.02)
+    def wait(self, process, came):
+        """Until something has come, the process has ended or time is over."""
+        for _ in range(200 * MOST_SECONDS):
+            if came() or process.poll() is not None:
+                break
+            time.sleep(0.005)
 
     def opened(self, process, path):
         """Wait until the process has mapped the file."""
-        for _ in range(10 * MOST_SECONDS):
-            maps = "/proc/%d/maps" % process.pid
-            if not os.path.exists("/proc/self/maps"):
-                time.sleep(2)
-                return
-            if path.encode() in read(maps):
-                return
-            time.sleep(0.02)
+        if os.path.exists("/proc/self/maps"):
+            self.wait(process, lambda: path.encode() in read("/proc/%d/maps" % process.pid))
+        else:
+            time.sleep(2)
 
     def test_an_existing_file_is_replaced_only_when_the_new_one_is_complete(self):
         out = self.write("out", b"old")
@@ -900,9 +929,11 @@ class Outputs(Case):
         self.assertNotIn(b"run: ", said)
 
     def test_ctrl_c_while_a_file_is_written_leaves_nothing(self):
-        process = subprocess.Popen(command(self.big(), "-m", "quantize", "-q", "q4", "-j", 1, "-o", self.path("out")),
+        model = self.big()
+        process = subprocess.Popen(command(model, "-m", "quantize", "-q", "q4", "-j", 1, "-o", self.path("out")),
                                    stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        self.begun(process)
+        self.opened(process, model)
+        time.sleep(0.1)
         self.assertIsNone(process.poll(), "it ended too early to be interrupted")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=MOST_SECONDS)
@@ -1173,6 +1204,11 @@ class BadTokenizer(Case):
                                 (dict(classes=2**32 - 1), ""), (dict(marks=2**31), ""), (dict(compositions=2**30), "")):
             self.bad_tokenizer(tokenizer(**changes), wanted)
         self.bad_tokenizer(changed(tokenizer(), 124, b"\1"), "zero")
+        for rows in ((1, 0), (0, 4), (0, 9)), ((0, 0), (5, 1), (5, 0)), ((0, 0), (0x110000, 1)), ((0, 0), (9, 4)):
+            table = b"".join(struct.pack("<II", *row) for row in rows)
+            bad = tokenizer(kind=1, rule=1, classes=len(rows))
+            bad = bad[:256] + table + bad[256:]
+            self.bad_tokenizer(sized(bad), "table of characters")
         self.bad_tokenizer(changed(tokenizer(), 48, b"\1"), "")  # an end beyond n_ends
 
     def test_types_and_merges_that_do_not_fit(self):
