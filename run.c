@@ -3640,6 +3640,13 @@ static void feed_turn(Session *s, Text *text, const struct Format *f, Bytes mess
     free(template);
 }
 
+static void show_fed(const Text *text, size_t from) {
+    fputs("fed", stderr);
+    for (size_t i = from; i < text->ids.n; i++)
+        fprintf(stderr, " %d", text->ids.at[i]);
+    fputc('\n', stderr);
+}
+
 // One message and its answer. A conversation that no longer fits begins again, with the system prompt
 // and this message.
 static void talk(Session *s, Text *text, const struct Format *f, Bytes message) {
@@ -3647,9 +3654,11 @@ static void talk(Session *s, Text *text, const struct Format *f, Bytes message) 
     feed_turn(s, text, f, message);
     if ((int)text->ids.n >= s->state.context && before > 0) {
         fprintf(stderr, "the context of %d tokens is full: beginning again\n", s->state.context);
-        text->ids.n = 0, text->pos = 0;
+        text->ids.n = 0, text->pos = 0, before = 0;
         feed_turn(s, text, f, message);
     }
+    if (s->options->verbose)
+        show_fed(text, before);
     if ((int)text->ids.n > s->state.context) {
         fprintf(stderr, "the message has %zu tokens, the context %d\n", text->ids.n,
                 s->state.context);
@@ -4348,7 +4357,7 @@ static const struct Option {
     {'d', WHOLE,  "N",    "bench: depth of the second decoding",       offsetof(Options, depth), 0, 1e9},
     {'w', WHOLE,  "N",    "batch: prompts at once (8); logits: tokens at once",
                                                              offsetof(Options, width), 1, 1e6},
-    {'v', SWITCH, "",     "say more",                                  offsetof(Options, verbose), 0, 0},
+    {'v', SWITCH, "",     "say more: errors of quantizing, ids that chat feeds",                                  offsetof(Options, verbose), 0, 0},
 };
 
 __attribute__((noreturn))

@@ -795,6 +795,59 @@ class Chat(Case):
         self.assertIn("the message has", done.err)
 
 
+class ChatFormats(Case):
+    """The ids that each format feeds for two turns, with and without a system prompt: written down from
+    the templates that the models publish (chat_template of Llama-2-7b-chat-hf, Meta-Llama-3-8B-Instruct,
+    Qwen2 and SmolLM Instruct, Mistral-7B-Instruct-v0.1, zephyr-7b-beta), segment by segment."""
+    SYSTEM, FIRST, SECOND = "You are terse.", "Hi there", "Bye"
+    LLAMA2 = ("1 518 25580 29962 3532 14816 29903 6778 13 3492 526 1935 344 29889 13 29966 829 14816 29903 6778 13 13 "
+              "18567 727 518 29914 25580 29962", "1 518 25580 29962 6324 727 518 29914 25580 29962",
+              "2 1 518 25580 29962 2648 29872 518 29914 25580 29962")
+    MISTRAL = ("1 518 25580 29962 887 526 1935 344 29889 13 13 18567 727 518 29914 25580 29962",
+               "1 518 25580 29962 6324 727 518 29914 25580 29962", "2 518 25580 29962 2648 29872 518 29914 25580 29962")
+    ZEPHYR = ("529 29989 5205 29989 29958 13 3492 526 1935 344 29889 2 29871 13 29966 29989 1792 29989 29958 13 18567 "
+              "727 2 29871 13 29966 29989 465 22137 29989 29958 13",
+              "529 29989 1792 29989 29958 13 18567 727 2 29871 13 29966 29989 465 22137 29989 29958 13",
+              "2 29871 13 29966 29989 1792 29989 29958 13 2059 29872 2 29871 13 29966 29989 465 22137 29989 29958 13")
+    LLAMA3 = ("2000 2002 1959 348 906 2003 198 198 533 474 257 279 377 13 2004 2002 650 279 2003 198 198 1211 399 2004 "
+              "2002 1784 657 693 2003 198 198", "2000 2002 650 279 2003 198 198 1211 399 2004 2002 1784 657 693 2003 198 198",
+              "2004 2002 650 279 2003 198 198 33 88 68 2004 2002 1784 657 693 2003 198 198")
+    QWEN = ("2001 1959 348 906 198 533 474 257 279 377 13 2002 198 2001 650 279 198 1211 399 2002 198 2001 1784 657 693 "
+            "198", "2001 650 279 198 1211 399 2002 198 2001 1784 657 693 198",
+            "2002 198 2001 650 279 198 33 88 68 2002 198 2001 1784 657 693 198")
+    SMOLLM = tuple(ids.replace("1959", "1951").replace("1784", "1783") for ids in QWEN)
+
+    def fed(self, form, vocabulary, size, *more):
+        model = self.write("m.bin", checkpoint(vocab_size=size, max_seq_len=128))
+        done = start(model, "-z", vocabulary, "-m", "chat", "-x", form, "-n", 0, "-v", *more,
+                     stdin=b"%s\n%s\n" % (self.FIRST.encode(), self.SECOND.encode()))
+        self.assertEqual(done.status, 0, done.err)
+        return [line[4:] for line in done.err.splitlines() if line.startswith("fed ")]
+
+    def test_turns_are_fed_as_the_published_templates_say(self):
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        small = os.path.join(DATA, "tokenizers")
+        for form, source, size, (system, first, second) in (
+                ("llama2", None, 32000, self.LLAMA2), ("mistral", None, 32000, self.MISTRAL),
+                ("zephyr", None, 32000, self.ZEPHYR), ("llama3", "llama3-2k", 2005, self.LLAMA3),
+                ("chatml", "qwen2-2k", 2003, self.QWEN), ("chatml", "smollm-2k", 2003, self.SMOLLM)):
+            with self.subTest(form=form, source=source):
+                vocabulary = os.path.join(root, "tokenizer.bin")
+                if source:
+                    vocabulary = exported(os.path.join(small, source, "tokenizer.json"), source + ".tok")
+                self.assertEqual(self.fed(form, vocabulary, size, "-y", self.SYSTEM), [system, second])
+                self.assertEqual(self.fed(form, vocabulary, size), [first, second])
+
+    def test_mistral_with_tokens_of_its_own_uses_them(self):
+        words = [(0.0, 6, bytes([b])) for b in range(256)]
+        control = [(0.0, 3, name) for name in (b"<s>", b"</s>", b"[INST]", b"[/INST]")]
+        vocabulary = self.write("t", tokenizer(words + control, chat=4, bos=256, n_ends=1, end=257, flags=1))
+        model = self.write("m.bin", checkpoint(vocab_size=260, max_seq_len=64))
+        done = start(model, "-z", vocabulary, "-m", "chat", "-n", 0, "-v", stdin=b"ab\nc\n")
+        self.assertIn("fed 256 258 97 98 259\n", done.err)
+        self.assertIn("fed 257 258 99 259\n", done.err)
+
+
 class WrongUsage(Case):
     def misused(self, *arguments, wanted=()):
         self.refused(*arguments, status=2, wanted=wanted)
