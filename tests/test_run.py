@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import unicodedata
 import unittest
@@ -846,6 +847,50 @@ class ChatFormats(Case):
         done = start(model, "-z", vocabulary, "-m", "chat", "-n", 0, "-v", stdin=b"ab\nc\n")
         self.assertIn("fed 256 258 97 98 259\n", done.err)
         self.assertIn("fed 257 258 99 259\n", done.err)
+
+
+class Terminal(Case):
+    """Chat as a person has it, through a pseudo-terminal."""
+
+    def open(self, *arguments):
+        pid, fd = pty.fork()
+        if pid == 0:
+            os.execvp(command(*arguments)[0], command(*arguments))
+        self.addCleanup(os.close, fd)
+        self.before = termios.tcgetattr(fd)
+        self.pid, self.fd, self.seen = pid, fd, b""
+
+    def wait_for(self, text):
+        """Read on until text comes, and return what came before it."""
+        while text not in self.seen:
+            ready, _, _ = select.select([self.fd], [], [], MOST_SECONDS)
+            self.assertTrue(ready, "%r did not come after %r" % (text, self.seen[-200:]))
+            self.seen += os.read(self.fd, 4096)
+        before, self.seen = self.seen.split(text, 1)
+        return before
+
+    def test_three_turns_an_interrupted_answer_and_the_end_of_input(self):
+        words = tokenizer(PLAIN + [(0.0, 3, b"<|im_start|>"), (0.0, 3, b"<|im_end|>")], chat=3)
+        model = self.tiny(tokenizer=words, vocab_size=261, max_seq_len=1 << 20)
+        self.open(model, "-m", "chat", "-s", 1, "-n", 10)
+        for line in b"one\n", b"two\n":
+            self.wait_for(b"> ")
+            os.write(self.fd, line)
+        self.wait_for(b"> ")
+        os.write(self.fd, b"\x04")
+        self.assertEqual(os.waitpid(self.pid, 0)[1], 0)
+        self.assertEqual(termios.tcgetattr(self.fd), self.before)
+        self.open(model, "-m", "chat", "-s", 1, "-n", 1000000)
+        self.wait_for(b"> ")
+        os.write(self.fd, b"go\n")
+        self.wait_for(b"go\r\n")
+        while len(self.seen) < 20:
+            self.seen += os.read(self.fd, 4096)
+        os.write(self.fd, b"\x03")  # ends the answer, which would last for minutes
+        self.wait_for(b"\n> ")
+        os.write(self.fd, b"\x03")  # ends the chat
+        self.assertEqual(os.WTERMSIG(os.waitpid(self.pid, 0)[1]), signal.SIGINT)
+        self.assertEqual(termios.tcgetattr(self.fd), self.before)
 
 
 class WrongUsage(Case):

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Same bits everywhere: builds run.c for every machine that the installed compilers and emulators allow, without
+a warning, and compares what it makes with tests/data/hashes.txt. Prints a table.
+
+    python3 tests/platforms.py [PART OF A NAME]...    --write takes the first platform's hashes as the wanted ones
+
+A row is a build, a column a file: logits of a checkpoint in each type, and what -m quantize writes."""
+import concurrent.futures
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DATA = os.path.join(ROOT, "tests", "data")
+HASHES = os.path.join(DATA, "hashes.txt")
+
+MACHINES = [  # name, flags
+    ("AVX-512", "-march=x86-64-v4 -mavx512vnni"),
+    ("AVX-VNNI", "-march=x86-64-v3 -mavxvnni"),
+    ("AVX2", "-march=x86-64-v3"),
+    ("SSE2", "-march=x86-64"),
+]
+ARM = [("aarch64", "-march=armv8-a"), ("aarch64 dotprod", "-march=armv8.2-a+dotprod")]
+# Name, compiler, machines, what starts the program. All but glibc's own are static, to run without its libraries.
+COMPILERS = [
+    ("gcc glibc", "gcc", [("native", "-march=native")] + MACHINES, ""),
+    ("clang glibc", "clang", MACHINES, ""),
+    ("gcc musl", "musl-gcc -static", MACHINES, ""),
+    ("gcc glibc", "aarch64-linux-gnu-gcc -static", ARM, "qemu-aarch64"),
+    ("clang glibc", "clang --target=aarch64-linux-gnu -static", ARM, "qemu-aarch64"),
+    ("gcc glibc", "riscv64-linux-gnu-gcc -static", [("riscv64", "-march=rv64gc")], "qemu-riscv64"),
+]
+CASES = [  # type, the source in tests/data
+    ("f32", "stories260K/stories260K.bin"),
+    ("f16", "llama2-gqa-f16"),
+    ("bf16", "llama3-scaled-tied-bf16"),
+    ("q8", "llama2-gqa-f16"),
+    ("q4", "llama2-gqa-f16"),
+]
+COLUMNS = [kind + what for kind, _ in CASES for what in ([" file", ""] if kind[0] == "q" else [""])]
+
+
+def must(command, **more):
+    """Runs to the end without a word on standard error beginning 'run:', or says why not."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace", **more)
+    if done.returncode:
+        raise RuntimeError("%s\n%s" % (" ".join(command), done.stdout[-2000:] or "status %d" % done.returncode))
+
+
+def sources(place):
+    """Every case's checkpoint and token ids."""
+    made = {}
+    for kind, source in CASES:
+        path = os.path.join(DATA, source)
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        if folder == path:
+            path = os.path.join(place, source + ".bin")
+            if not os.path.exists(path):
+                must([sys.executable, os.path.join(ROOT, "export.py"), folder, path])
+        made[kind] = path, os.path.join(folder, "tokens.txt")
+    return made
+
+
+def build(place, compiler, flags):
+    os.mkdir(place)
+    os.symlink(os.path.join(ROOT, "run.c"), os.path.join(place, "run.c"))
+    must(["make", "-s", "-C", place, "-f", os.path.join(ROOT, "Makefile"), "run", "CC=%s -Werror" % compiler,
+          "NATIVE=" + flags])
+    return os.path.join(place, "run")
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def hashes(start, place, made):
+    """Column by column, the hash of what this build makes."""
+    got = {}
+    for kind, (model, ids) in made.items():
+        if kind[0] == "q":
+            out = os.path.join(place, kind + ".bin")
+            must(start + [model, "-m", "quantize", "-q", kind, "-j", "2", "-o", out])
+            model, got[kind + " file"] = out, digest(out)
+        out = os.path.join(place, kind + ".logits")
+        must(start + [model, "-m", "logits", "-f", ids, "-j", "2", "-o", out])
+        got[kind] = digest(out)
+    return got
+
+
+def runs(start):
+    """False for instructions that this machine does not have."""
+    try:
+        must(start + ["--version"])
+        return True
+    except (RuntimeError, OSError):
+        return False
+
+
+def try_platform(place, name, compiler, flags, starter, made):
+    """Its hashes; or why there are none, and whether that is a failure."""
+    for tool in shlex.split(compiler)[0], starter:
+        if tool and not shutil.which(tool):
+            return None, "skipped: no " + tool, False
+    try:
+        program = build(place, compiler, flags)
+        start = [starter] * bool(starter) + [program]
+        if not runs(start):
+            return None, "built, but does not run on this machine", False
+        return hashes(start, place, made), "", False
+    except RuntimeError as why:
+        missing = "--target" in compiler and "No such file" in str(why) or "file not found" in str(why)
+        return None, ("skipped: no C library" if missing else "failed: %s" % why), not missing
+
+
+def read_wanted():
+    if not os.path.exists(HASHES):
+        return {}
+    with open(HASHES) as file:
+        return {name: hash for hash, name in (line.rstrip("\n").split("  ") for line in file)}
+
+
+def write_wanted(got):
+    with open(HASHES, "w") as file:
+        file.writelines("%s  %s\n" % (got[name], name) for name in COLUMNS)
+
+
+def main(wanted_names):
+    write = "--write" in wanted_names
+    names = [name for name in wanted_names if name != "--write"]
+    wanted, passed, failed = read_wanted(), 0, 0
+    platforms = [("%-16s%s" % (machine, tools), compiler, flags, starter)
+                 for tools, compiler, machines, starter in COMPILERS for machine, flags in machines]
+    print("%-30s%s" % ("", "".join("%-8s " % name for name in COLUMNS)))
+    with tempfile.TemporaryDirectory(prefix="llama02-platforms-") as place, \
+            concurrent.futures.ThreadPoolExecutor(int(os.environ.get("JOBS", 2))) as pool:
+        made = sources(place)
+        jobs = [(p[0], pool.submit(try_platform, os.path.join(place, str(i)), *p, made))
+                for i, p in enumerate(platforms) if all(name in p[0] for name in names)]
+        for name, job in jobs:
+            got, why, bad = job.result()
+            if got and write:
+                write_wanted(got)
+                wanted, write = got, False
+            right = {column: got[column] == wanted.get(column) for column in COLUMNS} if got else {}
+            passed += sum(right.values())
+            failed += len(right) - sum(right.values()) + bad
+            cells = (right[c] and wanted[c][:8] or "DIFFERS" for c in right)
+            print("%-30s%s" % (name, why or "".join("%-8s " % cell for cell in cells)), flush=True)
+    print("%d passed, %d failed" % (passed, failed))
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
