@@ -2,6 +2,8 @@
 # make portable   ./run-portable for any x86-64 of the last ten years (v3), or any 64-bit Arm
 # make debug      ./run-debug with address and undefined-behaviour sanitizers
 # make test       everything that tests/ promises, in under two minutes
+# make fuzz       broken input for FUZZ_SECONDS=60 in all; wants clang
+# make coverage   which lines of run.c the tests do not run; wants gcc
 # make clean
 
 CC     ?= cc
@@ -34,13 +36,29 @@ run-debug: run.c
 tests/unit: tests/unit.c run.c
 	$(CC) $(RULES) -Wno-unused-function $(CFLAGS) $(NATIVE) -o $@ tests/unit.c $(LIBS)
 
+# The same two with sanitizers: of threads, and of the rest.
+run-threads: run.c
+	$(CC) $(RULES) -O1 -g $(NATIVE) -fsanitize=thread -o $@ run.c $(LIBS)
+tests/unit-debug: tests/unit.c run.c
+	$(CC) $(RULES) -Wno-unused-function -O1 -g $(NATIVE) $(SANITIZE) -o $@ tests/unit.c $(LIBS)
+
 test: run run-portable tests/unit
 	python3 tests/test.py
 
+FUZZER = -fsanitize=fuzzer,address,undefined,float-cast-overflow -fno-sanitize-recover=all
+tests/fuzz: tests/fuzz.c run.c
+	clang $(RULES) -Wno-unused-function -O1 -g $(PORTABLE) $(FUZZER) -o $@ tests/fuzz.c $(LIBS)
+
+fuzz: run tests/fuzz
+	tests/fuzz.sh
+
+coverage: run-portable
+	FLAGS="$(RULES) -Wno-unused-function $(NATIVE)" python3 tests/coverage.py
+
 clean:
-	rm -f run run-portable run-debug tests/unit
+	rm -f run run-portable run-debug run-threads tests/unit tests/unit-debug tests/fuzz
 
 help:
 	@sed -n 's/^# //p' Makefile
 
-.PHONY: portable debug test clean help
+.PHONY: portable debug test fuzz coverage clean help

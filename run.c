@@ -1170,22 +1170,33 @@ INLINE i32v dot4_line(i32v sum, i32v w, i32v x) {
 
 // The one order in which 16 lanes become one number: lanes 8 apart, then 4, 2 and 1 apart.
 INLINE float join(f32v v) {
+#if defined STEPS_AVX512
+    __m512 x = (__m512)v.p[0];
+    __m256 h = _mm512_castps512_ps256(x)
+             + _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
+    __m128 q = _mm256_castps256_ps128(h) + _mm256_extractf128_ps(h, 1);
+    return (q[0] + q[2]) + (q[1] + q[3]);
+#else
     float x[WIDTH];
     store_f32(x, v);
     for (int apart = WIDTH / 2; apart; apart /= 2)
         UNROLL for (int i = 0; i < apart; i++)
             x[i] += x[i + apart];
     return x[0];
+#endif
 }
 
-// The largest lane. NaN loses.
 INLINE float greatest(f32v v) {
+#if defined STEPS_AVX512
+    return _mm512_reduce_max_ps((__m512)v.p[0]);
+#else
     float x[WIDTH];
     store_f32(x, v);
     for (int apart = WIDTH / 2; apart; apart /= 2)
         UNROLL for (int i = 0; i < apart; i++)
             x[i] = x[i] < x[i + apart] ? x[i + apart] : x[i];
     return x[0];
+#endif
 }
 
 // Four vectors joined, each as join does. On AVX-512 halves of two vectors are added as one, which
@@ -1202,6 +1213,18 @@ INLINE void join4(float *out, f32v a, f32v b, f32v c, f32v d) {
     _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, s)));
 #else
     out[0] = join(a), out[1] = join(b), out[2] = join(c), out[3] = join(d);
+#endif
+}
+
+// The low byte of each lane.
+INLINE void store_bytes(int8_t *out, i32v v) {
+#if defined STEPS_AVX512
+    _mm_storeu_si128((__m128i *)(void *)out, _mm512_cvtepi32_epi8((__m512i)v.p[0]));
+#else
+    int32_t all[WIDTH];
+    memcpy(all, &v, sizeof all);
+    for (int i = 0; i < WIDTH; i++)
+        out[i] = (int8_t)all[i];
 #endif
 }
 
@@ -1285,18 +1308,12 @@ INLINE i32v spread_bytes(const int8_t *q) {
 static int quantize_group(int8_t *q, float *scale, const float *x) {
     f32v a = load_f32(x), b = load_f32(x + WIDTH);
     float peak = greatest(greater_of(magnitude(a), magnitude(b)));
-    f32v inverse = spread(peak > 0 ? 127.0f / peak : 0);
-    i32v whole[2] = {as_int(add(mul(a, inverse), spread(ROUNDER))),
-                     as_int(add(mul(b, inverse), spread(ROUNDER)))};
-    int32_t bits[GROUP];
-    memcpy(bits, whole, sizeof bits);
-    int sum = 0;
-    for (int i = 0; i < GROUP; i++) {
-        q[i] = (int8_t)bits[i];
-        sum += q[i];
-    }
+    f32v inverse = spread(peak > 0 ? 127.0f / peak : 0), rounder = spread(ROUNDER);
+    f32v shifted[2] = {add(mul(a, inverse), rounder), add(mul(b, inverse), rounder)};
+    store_bytes(q, as_int(shifted[0]));
+    store_bytes(q + WIDTH, as_int(shifted[1]));
     *scale = peak / 127.0f;
-    return sum;
+    return (int)join(add(sub(shifted[0], rounder), sub(shifted[1], rounder)));  // exact
 }
 
 // Row t of the inputs made ready for weights of this type.
@@ -4461,7 +4478,9 @@ static const struct Mode *find_mode(const char *name) {
 static void on_bus_error(int signal) {
     static const char text[] = "run: a file became shorter while it was being read\n";
     (void)signal;
-    _exit(write(STDERR_FILENO, text, sizeof text - 1) > 0 ? FAILED : FAILED);
+    if (write(STDERR_FILENO, text, sizeof text - 1) < 0)
+        _exit(FAILED);  // nothing is left to say it with
+    _exit(FAILED);
 }
 
 #ifndef TESTING

@@ -7,6 +7,7 @@
  * memory behind is one, and so are a broken promise and whatever the sanitizers say.
  */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <setjmp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,34 +19,37 @@
 
 enum { MOST_KEPT = 1 << 12 };
 
-static struct { void *at; size_t mapped; } blocks[MOST_KEPT];  // mapped 0: of malloc
-static int n_kept;
+static struct { void *at; size_t mapped; } left_behind[MOST_KEPT];  // mapped 0: of malloc
+static int n_kept, opened = -1;
 static jmp_buf started;
 
 static void *keep(void *p, size_t mapped) {
     if (p && p != MAP_FAILED) {
         if (n_kept == MOST_KEPT)
             abort();
-        blocks[n_kept].at = p, blocks[n_kept++].mapped = mapped;
+        left_behind[n_kept].at = p, left_behind[n_kept++].mapped = mapped;
     }
     return p;
 }
 
 static void forget(const void *p) {
     for (int i = n_kept; i-- > 0;)
-        if (blocks[i].at == p) {
-            blocks[i] = blocks[--n_kept];
+        if (left_behind[i].at == p) {
+            left_behind[i] = left_behind[--n_kept];
             return;
         }
 }
 
 static void drop_all(void) {
     while (n_kept-- > 0)
-        if (blocks[n_kept].mapped)
-            munmap(blocks[n_kept].at, blocks[n_kept].mapped);
+        if (left_behind[n_kept].mapped)
+            munmap(left_behind[n_kept].at, left_behind[n_kept].mapped);
         else
-            free(blocks[n_kept].at);
+            free(left_behind[n_kept].at);
     n_kept = 0;
+    if (opened >= 0)
+        close(opened);
+    opened = -1;
 }
 
 static void *kept_realloc(void *p, size_t n) {
@@ -62,6 +66,8 @@ __attribute__((noreturn)) static void come_back(void) { longjmp(started, 1); }
 #define free(p) (forget(p), (free)(p))
 #define mmap(at, n, ...) keep(mmap(at, n, __VA_ARGS__), n)
 #define munmap(p, n) (forget(p), (munmap)(p, n))
+#define open(...) (opened = open(__VA_ARGS__))
+#define close(fd) (opened = -1, (close)(fd))
 #define exit(status) come_back()
 #define TESTING
 #include "../run.c"
@@ -72,11 +78,12 @@ __attribute__((noreturn)) static void come_back(void) { longjmp(started, 1); }
 // Inputs as files
 
 enum { INPUT, OUTPUT, FILES };
-static int file[FILES];        // without a name, kept open: other descriptors are a dying run.c's
+static int file[FILES];        // without a name, kept open
 static char path[FILES][32];
+static FILE *output;           // the one of OUTPUT
 
-static void put_file(int which, const uint8_t *data, size_t n) {
-    PROMISE(ftruncate(file[which], 0) == 0 && pwrite(file[which], data, n, 0) == (ssize_t)n);
+static void put_input(const uint8_t *data, size_t n) {
+    PROMISE(ftruncate(file[INPUT], 0) == 0 && pwrite(file[INPUT], data, n, 0) == (ssize_t)n);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -135,9 +142,11 @@ static void run_some(const Model *m) {
 static void quantize(Session *s, const Options *o) {
     s->options = o;
     start_pool(&s->pool, 1);
-    s->out = (Output){.file = fdopen(dup(file[OUTPUT]), "wb")};
+    s->out = (Output){.file = output};
+    rewind(output);
+    PROMISE(ftruncate(file[OUTPUT], 0) == 0);
     run_quantize(s);
-    fclose(s->out.file);
+    PROMISE(fflush(output) == 0);
     stop_pool(&s->pool);
     Model packed = open_model(path[OUTPUT]);
     run_some(&packed);
@@ -150,8 +159,7 @@ static void try_model(const uint8_t *data, size_t n) {
     if (n > MOST_BYTES)
         return;
     memcpy(content, data, n);
-    put_file(INPUT, content, fill_up(content, n));
-    put_file(OUTPUT, NULL, 0);
+    put_input(content, fill_up(content, n));
     Session s = {.model = open_model(path[INPUT])};
     run_some(&s.model);
     if (s.model.config.type != Q4)
@@ -211,7 +219,7 @@ static void try_tokenizer(const uint8_t *data, size_t n) {
     memcpy(content, data + 2, n -= 2);
     if (n >= sizeof(TokenizerHeader) && memcmp(content, "LLAMA02T", 8) == 0)
         memcpy(content + offsetof(TokenizerHeader, size), &(uint64_t){n}, 8);
-    put_file(INPUT, content, n);
+    put_input(content, n);
     Tokenizer t = open_tokenizer(path[INPUT], vocab);
     check_text(&t, text, sizeof text - 1);
     check_text(&t, (char *)content + n - least((int)n, 64), (size_t)least((int)n, 64));
@@ -286,6 +294,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
         file[i] = memfd_create("fuzz", 0);
         snprintf(path[i], sizeof path[i], "/proc/self/fd/%d", file[i]);
     }
+    output = fdopen(file[OUTPUT], "wb");
     return 0;
 }
 
@@ -296,8 +305,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
         PROMISE(n_kept == 0);
     } else {
         drop_all();
-        for (int i = 1; i <= 4; i++)
-            close(file[OUTPUT] + i);
     }
     return 0;
 }

@@ -21,7 +21,7 @@ for target in $targets; do
         python3 tests/fuzz_export.py --seconds "$each" ${SEED:+--seed $SEED} || failed=1
         continue
     fi
-    FUZZ=$target tests/fuzz -max_total_time="$each" -timeout=5 -detect_leaks=0 -max_len=8192 -close_fd_mask=3 \
+    FUZZ=$target tests/fuzz -max_total_time="$each" -timeout=5 -detect_leaks=0 -max_len=16384 -close_fd_mask=3 \
         -print_final_stats=1 ${SEED:+-seed=$SEED} -artifact_prefix="$findings/$target-" \
         "$place/$target" "tests/corpus/$target" > "$place/log" 2>&1
     status=$?
