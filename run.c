@@ -4,8 +4,8 @@
  *
  * The architecture is that of Touvron et al., "Llama 2: Open Foundation and Fine-Tuned Chat Models"
  * (2023): RMSNorm, rotary position embedding, attention with grouped key/value heads, SwiGLU.
- * A checkpoint is mapped into memory and never copied; a prompt goes through in batches; text leaves
- * through a BPE tokenizer as soon as it is a whole character. `./run -h` lists options and modes.
+ * A checkpoint is mapped into memory and never copied; a prompt goes through in batches; text
+ * leaves through a BPE tokenizer as soon as it is a whole character. `./run -h` lists options and modes.
  *
  * Rooms, in reading order:
  *    1. Foundation       failing, allocating, files, output, time
@@ -76,8 +76,8 @@
 
 enum { FAILED = 1, MISUSED = 2 };  // exit statuses; 0 is success
 
-// Print "run: ..." as one line and exit. For what the user can mend: paths, files, options. Names and
-// text from files may hold anything, so control characters are not passed on to a terminal.
+// Print "run: ..." as one line and exit. For what the user can mend: paths, files, options. Names
+// and text from files may hold anything, so control characters are not passed on to a terminal.
 static void complain(const char *format, va_list args) {
     char line[2048];
     fflush(stdout);
@@ -120,8 +120,8 @@ static void grow(void **array, size_t *room, size_t n, size_t size) {
     *array = p, *room = wanted;
 }
 
-// Many arrays of one lifetime, dealt out from one block that the system fills with zeros page by page
-// as it is touched. A first round with `at` NULL only adds up the size.
+// Many arrays of one lifetime, dealt out from one block that the system fills with zeros page by
+// page as it is touched. A first round with `at` NULL only adds up the size.
 typedef struct {
     char *at;
     size_t used, size;
@@ -213,8 +213,9 @@ static Bytes read_text(const char *path) {
     return b;
 }
 
-// Where results go: standard output, or a file that takes its name only when it is complete. On Linux
-// it has none before, so whatever ends the program leaves nothing behind; elsewhere it is PATH.part.
+// Where results go: standard output, or a file that takes its name only when it is complete. On
+// Linux it has none before, so whatever ends the program leaves nothing behind; elsewhere it is
+// PATH.part.
 typedef struct {
     FILE *file;
     const char *path;  // NULL for standard output
@@ -281,8 +282,8 @@ static void close_output(Output *o) {
     free(o->beside);
 }
 
-// Ctrl-C held back is asked for between steps, so that no handler is needed, and no variable that one
-// would change.
+// Ctrl-C held back is asked for between steps, so that no handler is needed, and no variable that
+// one would change.
 static void hold_interrupt(bool held) {
     sigset_t set;
     sigemptyset(&set);
@@ -338,7 +339,8 @@ typedef enum { F32, BF16, F16, Q8, Q4, TYPES } Type;
 
 static const char *const type_names[TYPES] = {"f32", "bf16", "f16", "q8", "q4"};
 
-typedef struct {          // weights as they lie in the file; rows go with outputs, columns with inputs
+// Weights as they lie in the file; rows go with outputs, columns with inputs.
+typedef struct {
     Type type;
     int rows, cols;       // a vector is one row; 0 rows: the model does not have it
     const uint8_t *data;  // row after row; the quantized types in panels, see room 6
@@ -484,7 +486,8 @@ static size_t tensor_bytes(const Tensor *w) {
 // 3. The checkpoint: from bytes that cannot be trusted to a Model that can
 //
 // Ours: 256 bytes of header (below), then the tensors in the order of `slots`, layer by layer, each
-// on a 64-byte boundary. llama2.c's versions 0 and 1 hold f32 kind by kind for all layers, unaligned.
+// on a 64-byte boundary. llama2.c's versions 0 and 1 hold f32 kind by kind for all layers,
+// unaligned.
 
 enum { HEADER = 256, SIZE_AT = 248, LLAMA2C_MAGIC = 0x616b3432 };
 static const char magic[8] = "LLAMA02";
@@ -745,8 +748,8 @@ typedef void Work(void *job, int thread, int first, int end);
 
 enum { MAX_THREADS = 1024, MAX_ITEMS = (1 << 20) - 1 };
 
-// The word: 24 bits count the jobs, 20 the items of this job, 20 the items already claimed. A claim is
-// a compare-and-swap, so one prepared for an earlier job fails.
+// The word: 24 bits count the jobs, 20 the items of this job, 20 the items already claimed. A claim
+// is a compare-and-swap, so one prepared for an earlier job fails.
 typedef struct {
     _Alignas(64) _Atomic uint64_t ticket;
     _Alignas(64) _Atomic int done;     // items of this job
@@ -775,7 +778,8 @@ static void relax(void) {
 #endif
 }
 
-// Claim a share of what is left, smaller towards the end, do it, and say so. False: nothing was left.
+// Claim a share of what is left, smaller towards the end, do it, and say so. False: nothing was
+// left.
 static bool work_once(Pool *p, int thread) {
     uint64_t ticket = atomic_load(&p->ticket);
     Work *work;
@@ -836,8 +840,8 @@ static void wake_workers(Pool *p) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-// Do items 0 to n of a job on all threads; returns when all are done. Which thread does which items is
-// chance, so results must not depend on it.
+// Do items 0 to n of a job on all threads; returns when all are done. Which thread does which items
+// is chance, so results must not depend on it.
 static void parallel(Pool *p, int n, Work *work, void *job) {
     assert(n >= 0 && n <= MAX_ITEMS);
     if (p->threads == 1 || n <= 1) {
@@ -910,8 +914,8 @@ static int quota_cores(void) {
     return quota > 0 && period > 0 ? (int)((quota + period - 1) / period) : INT_MAX;
 }
 
-// Physical cores this process may use: of the hyper-threads of a core only the first is counted, and
-// only if it is allowed (or is the first allowed one).
+// Physical cores this process may use: of the hyper-threads of a core only the first is counted,
+// and only if it is allowed (or is the first allowed one).
 static int usable_cores(void) {
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) != 0)
@@ -943,10 +947,10 @@ static int usable_cores(void) { return most(1, (int)sysconf(_SC_NPROCESSORS_ONLN
 // ------------------------------------------------------------------------------------------------
 // 5. Vectors: sixteen lanes, one fixed order of sums, on every machine
 //
-// An f32v is 16 floats whatever the machine: one AVX-512 register, two of AVX, four of NEON or SSE. A
-// sum of many products has 16 running sums, lane i taking every 16th, joined at the end in one order;
-// multiply-adds are fused everywhere. So the same numbers come out bit for bit on every machine.
-// Kernels are written on the steps below and never learn the instruction set.
+// An f32v is 16 floats whatever the machine: one AVX-512 register, two of AVX, four of NEON or SSE.
+// A sum of many products has 16 running sums, lane i taking every 16th, joined at the end in one
+// order; multiply-adds are fused everywhere. So the same numbers come out bit for bit on every
+// machine. Kernels are written on the steps below and never learn the instruction set.
 
 #if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VNNI__
 #define STEPS_AVX512
@@ -962,8 +966,8 @@ enum { LANES = 4 };
 #endif
 enum { WIDTH = 16, PARTS = WIDTH / LANES };
 
-// A struct of native registers rather than one vector of 64 bytes: gcc 12 keeps the latter in memory
-// on machines whose registers are smaller (a dot product then runs 9 times slower).
+// A struct of native registers rather than one vector of 64 bytes: gcc 12 keeps the latter in
+// memory on machines whose registers are smaller (a dot product then runs 9 times slower).
 typedef float    FloatPart __attribute__((vector_size(4 * LANES)));
 typedef int32_t  IntPart   __attribute__((vector_size(4 * LANES)));
 typedef uint32_t BitPart   __attribute__((vector_size(4 * LANES)));
@@ -1040,9 +1044,9 @@ static uint16_t narrow_half(float x) {
 //   fused        a * b + c, rounded once
 //   wide_bf16    bf16 is the upper half of a float
 //   wide_f16, narrow_f16
-//   dot4         to each 32-bit lane of sum, the product of its 4 weights w (one line of a panel) and
-//                the 4 activations x: 16 rows at once. Weights of q8 are stored plus 128; they enter
-//                plus Q8_ZERO, the caller takes that off again, and byte_weights makes them so.
+//   dot4         to each 32-bit lane of sum, the product of its 4 weights w (one line of a panel)
+//                and the 4 activations x: 16 rows at once. Weights of q8 are stored plus 128; they
+//                enter plus Q8_ZERO, which the caller takes off, and byte_weights makes them so.
 #if defined STEPS_AVX512
 enum { Q8_ZERO = 128, Q_PANELS = 2, Q_TOKENS = 8, F_TOKENS = 6 };
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
@@ -1085,8 +1089,8 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #else
 enum { Q8_ZERO = 0, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 1 };
 INLINE IntPart byte_weights(IntPart w) { return w ^ (int32_t)0x80808080; }
-// vpmaddubsw adds pairs of unsigned by signed in 16 bits with saturation, so the weight gives its sign
-// to the activation: 2 * 128 * 127 just fits.
+// vpmaddubsw adds pairs of unsigned by signed in 16 bits with saturation, so the weight gives its
+// sign to the activation: 2 * 128 * 127 just fits.
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
     __m256i size = _mm256_abs_epi8((__m256i)w), turned = _mm256_sign_epi8((__m256i)x, (__m256i)w);
     __m256i pairs = _mm256_maddubs_epi16(size, turned);
@@ -1274,9 +1278,9 @@ INLINE void store_some(float *out, f32v v, int n) {
 // ------------------------------------------------------------------------------------------------
 // 6. Weights: the types, quantizing, and the one matmul
 //
-// Float matrices lie row after row. Quantized ones lie in panels of 16 rows, each row in groups of 32
-// columns that share a scale. A panel is its 64-byte lines, group after group, then the scales, f16
-// (groups, 16). A line is what one step of dot4 wants, 4 weights of each of the 16 rows:
+// Float matrices lie row after row. Quantized ones lie in panels of 16 rows, each row in groups of
+// 32 columns that share a scale. A panel is its 64-byte lines, group after group, then the scales,
+// f16 (groups, 16). A line is what one step of dot4 wants, 4 weights of each of the 16 rows:
 //
 //     byte of line i       0          1          2          3          4        ..  63
 //     q8 (8 lines a group) row 0                                       row 1        row 15
@@ -1345,13 +1349,13 @@ INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
     return w;
 }
 
-// P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer sum). Lanes are
-// rows, so nothing is ever added across lanes.
+// P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer sum). Lanes
+// are rows, so nothing is ever added across lanes.
 //
-// A group's integer sum starts at ROUNDER_BITS less the zero point times the sum of its activations.
-// Read as a float the result is ROUNDER + sum, and s * (ROUNDER + sum) - s * ROUNDER, fused, is the
-// s * sum rounded once that a conversion and a product would give: 1 instruction for 2. It saves
-// 1 in 11 of the loop's instructions (prompts of 1.1B q8: 7 % faster).
+// A group's integer sum starts at ROUNDER_BITS less the zero point times the sum of its
+// activations. Read as a float the result is ROUNDER + sum, and s * (ROUNDER + sum) - s * ROUNDER,
+// fused, is the s * sum rounded once that a conversion and a product would give: 1 instruction for
+// 2. It saves 1 in 11 of the loop's instructions (prompts of 1.1B q8: 7 % faster).
 INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int t0, Type type,
                    const int P, const int T) {
     const int rows = w->rows;
@@ -1367,8 +1371,8 @@ INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int
         UNROLL for (int t = 0; t < T; t++)
             sum[p][t] = spread(0);
     for (int g = 0; g < groups; g++) {
-        if (T == Q_TOKENS)
-            __builtin_prefetch(ahead + ((size_t)(t0 / T) * (size_t)groups + (size_t)g) * LINE, 0, 2);
+        if (T == Q_TOKENS)  // each tile sends for its share of the next panels (+23 %)
+            __builtin_prefetch(ahead + (size_t)(t0 / T * groups + g) * LINE, 0, 2);
         i32v whole[Q_PANELS][Q_TOKENS];
         UNROLL for (int t = 0; t < T; t++)
             UNROLL for (int p = 0; p < P; p++)
@@ -1456,8 +1460,8 @@ typedef struct {
     f32v *sums;  // (n, UNIT)
 } Scratch;
 
-// A part of a product: columns c0 to c0 + cols of a unit. Its rows lie from `w` on, in the file or, as
-// floats, in the scratch; sums begin at the first column and are joined after the last.
+// A part of a product: columns c0 to c0 + cols of a unit. Its rows lie from `w` on, in the file or,
+// as floats, in the scratch; sums begin at the first column and are joined after the last.
 typedef struct {
     float *out;
     const Tensor *tensor;
@@ -1515,8 +1519,8 @@ INLINE void float_tiles(const Part *p, int n, const Type type) {
                 float_tile(p, r, t, type, 1);
 }
 
-// Few tokens: rows are used where they lie. Many: a unit's rows are made floats once, COLUMNS at a time,
-// so that they and the tokens' share of x stay in the first two caches.
+// Few tokens: rows are used where they lie. Many: a unit's rows are made floats once, COLUMNS at a
+// time, so that they and the tokens' share of x stay in the first two caches.
 INLINE void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Scratch *s,
                        const Type type) {
     Part p = {.out = out, .tensor = w, .first = unit * UNIT, .x = in->x, .sums = s->sums};
@@ -1572,8 +1576,8 @@ static void multiply_unit(float *out, const Tensor *w, int unit, const Inputs *i
     }
 }
 
-// out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products of the same inputs
-// are done as one job, for fewer meetings of the threads.
+// out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products of the same
+// inputs are done as one job, for fewer meetings of the threads.
 typedef struct {
     float *out;
     const Tensor *w;
@@ -1610,8 +1614,8 @@ static void matmul(Pool *pool, Matmul *m) {
 // Packing: floats into panels.
 
 // 32 weights as whole numbers of lowest to highest times a scale, to q. Returns the squared error;
-// *better becomes the scale that suits these whole numbers best, sum xq / sum qq, and *rest the squared
-// error that it would leave, sum xx - (sum xq)^2 / sum qq.
+// *better becomes the scale that suits these whole numbers best, sum xq / sum qq, and *rest the
+// squared error that it would leave, sum xx - (sum xq)^2 / sum qq.
 static float round_group(float *q, const float *x, float scale, float lowest, float highest,
                          float *better, float *rest) {
     f32v inverse = spread(scale != 0 ? 1 / scale : 0), s = spread(scale);
@@ -1636,9 +1640,9 @@ static float round_group(float *q, const float *x, float scale, float lowest, fl
 
 static float half_scale(float scale) { return widen_half(narrow_half(scale)); }
 
-// q4: of the scales that put the largest weight between 5.5 and 9 steps from zero, on either side, each
-// improved by least squares, the one with the least error, and never worse than the largest at 7.
-// Whole numbers are -8 to 7, so the sign matters.
+// q4: of the scales that put the largest weight between 5.5 and 9 steps from zero, on either side,
+// each improved by least squares, the one with the least error, and never worse than the largest at
+// 7. Whole numbers are -8 to 7, so the sign matters.
 static float q4_scale(const float *x, float peak) {
     float q[GROUP], better, rest, best = half_scale(peak / 7), found = best, least_rest = INFINITY;
     float plain = round_group(q, x, best, -8, 7, &better, &rest);
@@ -1679,11 +1683,11 @@ static double pack_row(uint8_t *panel, Type type, int row, const float *x, int c
 // ------------------------------------------------------------------------------------------------
 // 7. Attention: the cache of keys and values, and what queries make of it
 //
-// softmax(q k^T / sqrt(head_dim)) v, for each query head over the positions before it (Vaswani et al.
-// 2017, 3.2.1); n_heads / n_kv_heads query heads share a key/value head (Ainslie et al. 2023). The
-// positions are cut into blocks of BLOCK. Each block gives weights relative to its own largest score
-// and the mix of its values; blocks are merged in order (Milakov & Gimelshein 2018). Where a block
-// begins and ends depends on nothing but the position, so neither do the bits.
+// softmax(q k^T / sqrt(head_dim)) v, for each query head over the positions before it (Vaswani et
+// al. 2017, 3.2.1); n_heads / n_kv_heads query heads share a key/value head (Ainslie et al. 2023).
+// The positions are cut into blocks of BLOCK. Each block gives weights relative to its own largest
+// score and the mix of its values; blocks are merged in order (Milakov & Gimelshein 2018). Where a
+// block begins and ends depends on nothing but the position, so neither do the bits.
 
 enum { BLOCK = 256 };
 
@@ -1746,9 +1750,9 @@ typedef struct {
     float total[8];     // sum of weights
 } Desk;
 
-// Scores of Q queries at V times 16 positions from vector v0 of the block on. Meanwhile the values of the
-// block are sent for, and below the next block's keys: with this 1.1B q8 keeps 93 % of its decoding speed
-// at depth 2,000, without 90 %.
+// Scores of Q queries at V times 16 positions from vector v0 of the block on. Meanwhile the values
+// of the block are sent for, and below the next block's keys: with this 1.1B q8 keeps 93 % of its
+// decoding speed at depth 2,000, without 90 %.
 INLINE void score_tile(Desk *d, const void *keys, const void *values, int v0, int head_dim,
                        int head_pad, bool half, const int Q, const int V) {
     f32v sum[8][4];
@@ -1908,7 +1912,7 @@ typedef struct {
     float *x;             // (batch, dim)           the residual stream
     Inputs in;            // (batch, widest)        what the next product multiplies
     float *h1, *h2;       // (batch, widest)        inside the feed-forward block
-    float *q, *k, *v;     // (batch, heads * head_dim): queries in h1's room, keys and values in h2's
+    float *q, *k, *v;     // (batch, heads * head_dim)  q in h1's room, k and v in h2's
     float *branch;        // (batch, dim)           what a block adds to x
     double *frequency;    // (head_dim/2)           angle of each RoPE pair per position
     float *angles;        // (batch, 2, head_dim/2) cosines and sines
@@ -1982,9 +1986,9 @@ static void lay_out(State *s, Arena *a, int threads) {
     lay_out_threads(s, a, threads);
 }
 
-// Angle per position of RoPE pair i: theta^(-2i / head_dim) (Su et al. 2021, 3.4.2), slowed down for
-// contexts longer than trained on: all of them by a factor, or as Llama 3.1 does, only those whose
-// wave is long against the original context, with a ramp between the two.
+// Angle per position of RoPE pair i: theta^(-2i / head_dim) (Su et al. 2021, 3.4.2), slowed down
+// for contexts longer than trained on: all of them by a factor, or as Llama 3.1 does, only those
+// whose wave is long against the original context, with a ramp between the two.
 static double rope_frequency(const Config *c, int i) {
     double f = pow((double)c->rope_theta, -2.0 * i / c->head_dim);
     if (c->scaling == LINEAR)
@@ -2032,8 +2036,8 @@ static void open_state(State *s, const Model *m, Pool *pool, Room room) {
 
 static void close_state(State *s) { close_arena(&s->arena); }
 
-// Work on the rows of a batch, one row a token. Many rows are shared out among the threads; a few are
-// done at once by the caller.
+// Work on the rows of a batch, one row a token. Many rows are shared out among the threads; a few
+// are done at once by the caller.
 typedef struct Rows Rows;
 typedef void RowWork(const Rows *r, int t);
 
@@ -2116,8 +2120,8 @@ static void swiglu_row(const Rows *r, int t) {
     prepare(&r->s->in, t, n, r->config->type);
 }
 
-// Turn each pair of a head by its angle: (a, b) becomes (a cos - b sin, a sin + b cos). A query and a
-// key turned so meet in a product that depends only on how far apart they are (Su et al. 2021).
+// Turn each pair of a head by its angle: (a, b) becomes (a cos - b sin, a sin + b cos). A query and
+// a key turned so meet in a product that depends only on how far apart they are (Su et al. 2021).
 static void rotate(float *head, const float *angles, const Config *c) {
     bool neighbours = c->flags & NEIGHBOURS;
     int pairs = c->head_dim / 2, step = neighbours ? 2 : 1, apart = neighbours ? 1 : pairs;
@@ -2178,9 +2182,9 @@ static void embed_row(const Rows *r, int t) {
     unpack_row(row(r->s->x, t, w->cols), w, r->steps[t].id);
 }
 
-// Attention is cut into items: a run of steps times a key/value head, and for a few steps also times a
-// block, so that a long context of one token can be shared out. What a step's head has gathered lies in
-// `parts` records, one for each block then: peak, total and mix side by side.
+// Attention is cut into items: a run of steps times a key/value head, and for a few steps also
+// times a block, so that a long context of one token can be shared out. What a step's head has
+// gathered lies in `parts` records, one for each block then: peak, total and mix side by side.
 static Answer answer_at(const Rows *r, int t, int part, int head) {
     size_t at = ((size_t)t * (size_t)r->parts + (size_t)part) * (size_t)r->config->n_heads;
     float *record = r->s->answers + (at + (size_t)head) * (size_t)(r->s->cache.head_pad + 2);
@@ -2230,7 +2234,8 @@ static void attend_block(const Rows *r, Desk *d, Run run, int kv_head, int block
     }
 }
 
-// A block of the cache for all queries of a run; for many queries an f16 cache is made floats first.
+// A block of the cache for all queries of a run; for many queries an f16 cache is made floats
+// first.
 static void visit_block(const Rows *r, Desk *d, Run run, int kv_head, int block) {
     const Cache *cache = &r->s->cache;
     int last = run.first + run.n - 1, group = r->config->n_heads / r->config->n_kv_heads;
@@ -2283,8 +2288,8 @@ static void finish_row(const Rows *r, int t) {
     prepare(&r->s->in, t, q_dim(c), c->type);
 }
 
-// Steps that are neighbours in one sequence, in runs short enough that a prompt makes items for every
-// thread.
+// Steps that are neighbours in one sequence, in runs short enough that a prompt makes items for
+// every thread.
 static void find_runs(Rows *r) {
     int longest = most(1, 128 * r->config->n_kv_heads / r->config->n_heads);
     Run *run = r->s->runs - 1;
@@ -2348,7 +2353,8 @@ static void feed_forward_block(Rows *r) {
     each_row(r, add_row);
 }
 
-// n <= batch steps go through the layers. Afterwards the cache holds them and x their hidden states.
+// n <= batch steps go through the layers. Afterwards the cache holds them and x their hidden
+// states.
 static void forward(State *s, const Step *steps, int n) {
     Rows r = {.s = s, .config = &s->model->config, .steps = steps, .n = n};
     assert(n >= 1 && n <= s->batch);
@@ -3212,8 +3218,8 @@ static void flush(Bytes *out, Decoder *d) {
 // 10. The sampler: logits to one token
 //
 // In the order of the field: repetition penalty (Keskar et al. 2019), temperature, top-k, top-p
-// (Holtzman et al. 2020), min-p. With only temperature and top-p the rule and its random numbers are
-// llama2.c's, so the same seed gives the same text.
+// (Holtzman et al. 2020), min-p. With only temperature and top-p the rule and its random numbers
+// are llama2.c's, so the same seed gives the same text.
 
 typedef struct { float p; int id; } Candidate;
 
@@ -3222,7 +3228,8 @@ typedef struct {
     int top_k;  // 0: all
 } Taste;
 
-// xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact and 1 not reached.
+// xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact and 1 not
+// reached.
 static float random_float(uint64_t *state) {
     *state ^= *state >> 12;
     *state ^= *state << 25;
@@ -3275,7 +3282,7 @@ static int by_probability(const void *a, const void *b) {
 static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
     bool nucleus = taste->top_p > 0 && taste->top_p < 1;
     float cutoff = 0, whole = 1;
-    if (nucleus && !taste->top_k)  // below it nothing can be among the likeliest: no need to sort it
+    if (nucleus && !taste->top_k)  // below it nothing can be among the likeliest
         cutoff = (1 - taste->top_p) / (float)(n - 1);
     int kept = 0;
     for (int i = 0; i < n; i++)
@@ -3298,8 +3305,8 @@ static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
     return kept;
 }
 
-// Tokens of the text become less likely, each once: positive logits divided, negative ones multiplied.
-// `old` (vocab) has room for the logits before.
+// Tokens of the text become less likely, each once: positive logits divided, negative ones
+// multiplied. `old` (vocab) has room for the logits before.
 static void penalize(float *logits, Candidate *old, const Tokens *text, float penalty) {
     for (size_t i = 0; i < text->n; i++)
         old[text->at[i]].p = logits[text->at[i]];
@@ -3440,8 +3447,8 @@ static bool extend(Session *s, Text *text, float *scores) {
     return true;
 }
 
-// Sample and write tokens until the model ends, `limit` are out or the context is full. `scores` are
-// those of a catch_up().
+// Sample and write tokens until the model ends, `limit` are out or the context is full. `scores`
+// are those of a catch_up().
 static Stop reply(Session *s, Text *text, float *scores, int64_t limit) {
     for (text->made = 0; text->made < limit; scores = catch_up(s, text)) {
         if (interrupt_waits())
@@ -3501,7 +3508,8 @@ static void need_tokenizer(Session *s) {
             s->tokenizer.header.n_tokens, vocab);
 }
 
-// Room for texts of as many tokens as the model or -c allows, or fewer where `most_tokens` is enough.
+// Room for texts of as many tokens as the model or -c allows, or fewer where `most_tokens` is
+// enough.
 static void need_state(Session *s, int64_t most_tokens, int n_slots, int logit_rows) {
     const Config *c = &s->model.config;
     int64_t context = s->options->context ? s->options->context : c->max_seq_len;
@@ -3580,9 +3588,9 @@ static void run_generate(Session *s) {
     free_text(&text);
 }
 
-// A chat is turns: `first` or, later, `again`; `before`; the system prompt once; `user`. In them $ is the
-// system prompt, % the message, and {name} the control token of that name; what lies between control
-// tokens is encoded as one text. Sources: the models' published templates.
+// A chat is turns: `first` or, later, `again`; `before`; the system prompt once; `user`. In them $
+// is the system prompt, % the message, and {name} the control token of that name; what lies between
+// control tokens is encoded as one text. Sources: the models' published templates.
 static const struct Format {
     const char *name, *first, *again, *before, *system, *user;
     bool strips;  // white space around messages
@@ -3671,8 +3679,8 @@ static void show_fed(const Text *text, size_t from) {
     fputc('\n', stderr);
 }
 
-// One message and its answer. A conversation that no longer fits begins again, with the system prompt
-// and this message.
+// One message and its answer. A conversation that no longer fits begins again, with the system
+// prompt and this message.
 static void talk(Session *s, Text *text, const struct Format *f, Bytes message) {
     size_t before = text->ids.n;
     feed_turn(s, text, f, message);
@@ -3751,9 +3759,9 @@ static void append_json(Bytes *out, const char *text, size_t n) {
     append(out, "\"", 1);
 }
 
-// Scoring: what the model thought of each token of a text. The text is cut into windows of the context,
-// each with BOS in front if the model wants one and nothing else of the text before; the first token of
-// a window without BOS has no score.
+// Scoring: what the model thought of each token of a text. The text is cut into windows of the
+// context, each with BOS in front if the model wants one and nothing else of the text before; the
+// first token of a window without BOS has no score.
 typedef void Judge(Session *s, void *sums, int id, float *scores);
 
 static void score_text(Session *s, Judge *judge, void *sums) {
@@ -3816,19 +3824,19 @@ static void run_perplexity(Session *s) {
         fail_output(&s->out);
 }
 
-// A token as a line: its text, log-probability, rank, and the likeliest with their probabilities. On a
-// terminal as text on a ground that grows from none over yellow to red with its surprise.
+// A token as a line: its text, log-probability, rank, and the likeliest with their probabilities.
+// On a terminal as text on a ground that grows from none over yellow to red with its surprise.
 static void show_score(Session *s, void *unused, int id, float *scores) {
     enum { SHOWN = 3 };
     (void)unused;
-    int n = s->model.config.vocab_size, rank = 1, likeliest[SHOWN], grounds[] = {255, 230, 222, 209, 196};
+    int n = s->model.config.vocab_size, rank = 1, likeliest[SHOWN];
     double score = log_probability(scores, n, id);
     Piece p = piece(&s->tokenizer, id);
     Bytes line = {0};
     for (int i = 0; i < n; i++)
         rank += scores[i] > scores[id] || (scores[i] == scores[id] && i < id);
     if (isatty(fileno(s->out.file))) {
-        int ground = grounds[score > -1 ? 0 : score > -2.5 ? 1 : score > -5 ? 2 : score > -8 ? 3 : 4];
+        int ground = score > -1 ? 255 : score > -2.5 ? 230 : score > -5 ? 222 : score > -8 ? 209 : 196;
         fprintf(s->out.file, "\033[30;48;5;%dm%.*s\033[0m", ground, (int)p.n, p.at);
         return;
     }
@@ -3893,7 +3901,8 @@ static void write_results(Session *s, Queue *q) {
         fail_output(&s->out);
 }
 
-// One more token for a task, from the logits before it; the task is finished when that was its last.
+// One more token for a task, from the logits before it; the task is finished when that was its
+// last.
 static void extend_task(Session *s, Queue *q, Task *t, float *scores) {
     if (!extend(s, &t->text, scores))
         finish_task(q, t, ENDED);
@@ -3981,6 +3990,7 @@ static void run_batch(Session *s) {
 
 // Token ids in decimal, separated by white space.
 static Tokens read_ids(const char *path, int vocab_size) {
+    const char *name = path ? path : "standard input";
     Bytes b = read_text(path ? path : "-");
     Tokens ids = {0};
     append(&b, "", 1);
@@ -3988,13 +3998,12 @@ static Tokens read_ids(const char *path, int vocab_size) {
         errno = 0;
         long id = strtol(p, &end, 10);
         if (end == p || (*end && !strchr(" \t\r\n", *end)) || errno || id < 0 || id >= vocab_size)
-            die("%s: '%.*s' at byte %td is not a token id of 0 to %d", path ? path : "standard input",
-                (int)strcspn(p, " \t\r\n") < 20 ? (int)strcspn(p, " \t\r\n") : 20, p, p - b.at,
-                vocab_size - 1);
+            die("%s: '%.*s' at byte %td is not a token id of 0 to %d", name,
+                least(20, (int)strcspn(p, " \t\r\n")), p, p - b.at, vocab_size - 1);
         push(&ids, (int)id);
     }
     if (ids.n == 0)
-        die("%s: no token ids", path ? path : "standard input");
+        die("%s: no token ids", name);
     free(b.at);
     return ids;
 }
@@ -4349,6 +4358,7 @@ static const struct Mode {
 
 // One row an option: parsing, checking and the usage are all read from here.
 typedef enum { TEXT, WHOLE, REAL, SWITCH } Kind;
+#define TO(field) offsetof(Options, field)
 static const struct Option {
     char letter;
     Kind kind;
@@ -4356,32 +4366,27 @@ static const struct Option {
     size_t at;
     double least, most;
 } options[] = {
-    {'i', TEXT,   "TEXT", "prompt, - for standard input",              offsetof(Options, prompt), 0, 0},
-    {'f', TEXT,   "FILE", "prompt or token ids from a file",           offsetof(Options, file), 0, 0},
-    {'o', TEXT,   "FILE", "results go there (standard output)",        offsetof(Options, output), 0, 0},
-    {'m', TEXT,   "MODE", "what to do, below",                         offsetof(Options, mode), 0, 0},
-    {'z', TEXT,   "FILE", "tokenizer (NAME.tokenizer.bin, tokenizer.bin)",
-                                                             offsetof(Options, tokenizer), 0, 0},
-    {'n', WHOLE,  "N",    "tokens to generate (256)",                  offsetof(Options, steps), 0, 1e9},
-    {'t', REAL,   "X",    "temperature, 0 takes the likeliest (1.0)",
-                                                             offsetof(Options, temperature), 0, 1e3},
-    {'p', REAL,   "X",    "top-p, 0 and 1: off (0.9)",                 offsetof(Options, top_p), 0, 1},
-    {'k', WHOLE,  "N",    "top-k, 0: off (0)",                         offsetof(Options, top_k), 0, 1e9},
-    {'l', REAL,   "X",    "min-p, 0: off (0)",                         offsetof(Options, min_p), 0, 1},
-    {'r', REAL,   "X",    "repetition penalty, 1: off (1.0)",
-                                                             offsetof(Options, penalty), 1e-3, 1e3},
-    {'s', WHOLE,  "N",    "seed of the random numbers (time)",         offsetof(Options, seed), 0, 9e15},
-    {'c', WHOLE,  "N",    "context in tokens (the model's)",           offsetof(Options, context), 1, 1e9},
-    {'j', WHOLE,  "N",    "threads (physical cores)",                  offsetof(Options, threads), 1, MAX_THREADS},
-    {'y', TEXT,   "TEXT", "chat: system prompt",                       offsetof(Options, system), 0, 0},
-    {'x', TEXT,   "NAME", "chat: format, if not the tokenizer's",      offsetof(Options, format), 0, 0},
-    {'b', TEXT,   "FILE", "batch: prompts, one a line, - for standard input",
-                                                             offsetof(Options, batch), 0, 0},
-    {'q', TEXT,   "TYPE", "quantize to q8 or q4",                      offsetof(Options, type), 0, 0},
-    {'d', WHOLE,  "N",    "bench: depth of the second decoding",       offsetof(Options, depth), 0, 1e9},
-    {'w', WHOLE,  "N",    "batch: prompts at once (8); logits: tokens at once",
-                                                             offsetof(Options, width), 1, 1e6},
-    {'v', SWITCH, "",     "say more: errors of quantizing, ids that chat feeds",                                  offsetof(Options, verbose), 0, 0},
+    {'i', TEXT,   "TEXT", "prompt, - for standard input",                    TO(prompt), 0, 0},
+    {'f', TEXT,   "FILE", "prompt or token ids from a file",                 TO(file), 0, 0},
+    {'o', TEXT,   "FILE", "results go there (standard output)",              TO(output), 0, 0},
+    {'m', TEXT,   "MODE", "what to do, below",                               TO(mode), 0, 0},
+    {'z', TEXT,   "FILE", "tokenizer (NAME.tokenizer.bin, tokenizer.bin)",   TO(tokenizer), 0, 0},
+    {'n', WHOLE,  "N",    "tokens to generate (256)",                        TO(steps), 0, 1e9},
+    {'t', REAL,   "X",    "temperature, 0 takes the likeliest (1.0)",       TO(temperature), 0, 1e3},
+    {'p', REAL,   "X",    "top-p, 0 and 1: off (0.9)",                       TO(top_p), 0, 1},
+    {'k', WHOLE,  "N",    "top-k, 0: off (0)",                               TO(top_k), 0, 1e9},
+    {'l', REAL,   "X",    "min-p, 0: off (0)",                               TO(min_p), 0, 1},
+    {'r', REAL,   "X",    "repetition penalty, 1: off (1.0)",               TO(penalty), 1e-3, 1e3},
+    {'s', WHOLE,  "N",    "seed of the random numbers (time)",               TO(seed), 0, 9e15},
+    {'c', WHOLE,  "N",    "context in tokens (the model's)",                 TO(context), 1, 1e9},
+    {'j', WHOLE,  "N",    "threads (physical cores)",                  TO(threads), 1, MAX_THREADS},
+    {'y', TEXT,   "TEXT", "chat: system prompt",                             TO(system), 0, 0},
+    {'x', TEXT,   "NAME", "chat: format, if not the tokenizer's",            TO(format), 0, 0},
+    {'b', TEXT,   "FILE", "batch: prompts, one a line, - for standard input", TO(batch), 0, 0},
+    {'w', WHOLE,  "N",    "batch: prompts at once (8); logits: tokens at once", TO(width), 1, 1e6},
+    {'q', TEXT,   "TYPE", "quantize to q8 or q4",                            TO(type), 0, 0},
+    {'d', WHOLE,  "N",    "bench: depth of the second decoding",             TO(depth), 0, 1e9},
+    {'v', SWITCH, "",     "say more: errors of quantizing, ids that chat feeds", TO(verbose), 0, 0},
 };
 
 __attribute__((noreturn))
