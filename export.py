@@ -161,11 +161,11 @@ class Fields:
             refuse(self.where, "%s is %d, wanted 1 to 2147483647", key, value)
         return value
 
-    def number(self, key, default=WANTED):
+    def number(self, key, default=WANTED, most=1e38):
         """A number that is still positive and finite as f32."""
         value = self.take(key, (int, float), default, "a number")
-        if key in self and not 1e-37 < value < 1e38:  # NaN fails too
-            refuse(self.where, "%s is %s, wanted a positive finite number", key, value)
+        if key in self and not 1e-37 < value < most:  # NaN fails too
+            refuse(self.where, "%s is %s, wanted a positive number below %g", key, value, most)
         return value
 
     def flag(self, key, default=False):
@@ -1241,7 +1241,7 @@ def hugging_face_config(path):
         dim=dim, hidden=f.count("intermediate_size"), layers=layers, heads=heads,
         kv_heads=f.count("num_key_value_heads", heads), head_dim=f.count("head_dim", dim // heads),
         vocab=f.count("vocab_size"), context=f.count("max_position_embeddings"),
-        window=window_of(f, family, layers), flags=flags, eps=f.number("rms_norm_eps"),
+        window=window_of(f, family, layers), flags=flags, eps=f.number("rms_norm_eps", most=1),
         theta=theta, scaling=scaling)
 
 def hugging_face_name(slot, layer):
@@ -1509,7 +1509,7 @@ def meta_config(folder, parts, context):
         layers=p.count("n_layers"), heads=heads, kv_heads=p.count("n_kv_heads", heads),
         head_dim=dim // heads, vocab=rows_of(folder, parts, EMBEDDING.meta, dim),
         context=context or meta_context(p), window=p.count("sliding_window", 0),
-        flags=NEIGHBOURS | tied * TIED, eps=p.number("norm_eps", 1e-5),
+        flags=NEIGHBOURS | tied * TIED, eps=p.number("norm_eps", 1e-5, most=1),
         theta=p.number("rope_theta", 10000), scaling=meta_scaling(p))
     check_config(p.where, c)
     return c

@@ -1810,8 +1810,8 @@ typedef struct {
 } Desk;
 
 // Scores of Q queries at V times 16 positions from vector v0 of the block on. Meanwhile the values
-// of the block are sent for, and below the next block's keys: with this 1.1B q8 keeps 93 % of its
-// decoding speed at depth 2,000, without 90 %.
+// of the block are sent for, and below the next block's keys: at depth 1,900 a token of 1.1B q8 then
+// takes 7 ms longer than at depth 0, without it 8 of 80.
 INLINE void score_tile(Desk *d, const void *keys, const void *values, int v0, int head_dim,
                        int head_pad, bool half, const int Q, const int V) {
     f32v sum[8][4];
