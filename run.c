@@ -69,8 +69,10 @@
 #define INLINE static inline __attribute__((always_inline))
 #if defined __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_OUTER  // clang unrolls no loop around a long one
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_OUTER UNROLL
 #endif
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
@@ -1129,7 +1131,7 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #endif
 }
 #else
-enum { Q8_ZERO = 0, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 3 };
+enum { Q8_ZERO = 0, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 2 };
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
     UNROLL for (int i = 0; i < LANES; i++)
         c[i] = fmaf(a[i], b[i], c[i]);
@@ -1343,7 +1345,8 @@ static int quantize_group(int8_t *q, float *scale, const float *x) {
     store_bytes(q, as_int(shifted[0]));
     store_bytes(q + WIDTH, as_int(shifted[1]));
     *scale = peak / 127.0f;
-    return (int)join(add(sub(shifted[0], rounder), sub(shifted[1], rounder)));  // exact
+    float sum = join(add(sub(shifted[0], rounder), sub(shifted[1], rounder)));  // exact, or NaN
+    return sum == sum ? (int)sum : 0;
 }
 
 // Row t of the inputs made ready for weights of this type.
@@ -1518,7 +1521,7 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
     }
     int whole = p->cols / WIDTH * WIDTH, rest = p->cols - whole;
     const int H = T == 1 ? PARTS : 1;  // parts at once: as many sums as registers hold
-    UNROLL for (int h = 0; h < PARTS; h += H)
+    UNROLL_OUTER for (int h = 0; h < PARTS; h += H)
         for (int i = 0; i < whole; i += WIDTH) {
             f32v v[F_TOKENS];
             UNROLL for (int t = 0; t < T; t++)
@@ -1551,6 +1554,7 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
 }
 
 // Send for a tile's share of the rows that are made floats next: the next columns or the next unit.
+__attribute__((noinline))
 static void send_ahead(const Part *p, int r, int t, int n) {
     const Tensor *w = p->tensor;
     int c = p->c0 + COLUMNS < w->cols ? p->c0 + COLUMNS : 0;
@@ -2709,9 +2713,9 @@ static void read_merges(Tokenizer *t, const uint32_t *row) {
 
 // Rows of (first code, value), each valid up to the next, as one value a code.
 static uint8_t *read_runs(const File *f, const uint32_t *row, uint32_t rows, uint32_t most) {
-    uint8_t *values = NEW(uint8_t, CODES);
     if (rows == 0 || row[0] != 0)
         die("%s: a table of characters does not begin with code 0", f->path);
+    uint8_t *values = NEW(uint8_t, CODES);
     for (uint32_t i = 0; i < rows; i++, row += 2) {
         uint32_t end = i + 1 < rows ? row[2] : UNICODE;
         if (row[0] >= end || end > UNICODE || row[1] > most)
@@ -2820,7 +2824,7 @@ static void append_nfc(Bytes *out, const Tokenizer *t, const uint8_t *text, size
     for (size_t at = 0; at < n;)
         decompose(&codes, t, next_code(text, n, &at), 0);
     int *starter = NULL, between = -1;  // the class of what stands between last, -1: nothing
-    for (int *c = codes.at; c < codes.at + codes.n; c++) {
+    for (int *c = codes.at; codes.n && c < codes.at + codes.n; c++) {
         int class = t->mark[*c];
         uint64_t whole = 0;
         if (starter && between < class && *c >= 0x300)  // below nothing combines
