@@ -1559,7 +1559,8 @@ static void send_ahead(const Part *p, int r, int t, int n) {
     const Tensor *w = p->tensor;
     int c = p->c0 + COLUMNS < w->cols ? p->c0 + COLUMNS : 0;
     size_t stride = row_bytes(w->type, w->cols);
-    size_t share = round_up(row_bytes(w->type, least(COLUMNS, w->cols - c)) * F_TOKENS / (size_t)n, LINE);
+    size_t all = row_bytes(w->type, least(COLUMNS, w->cols - c));
+    size_t share = round_up(all * F_TOKENS / (size_t)n, LINE);
     const uint8_t *from = w->data + (size_t)(p->first + (c ? 0 : UNIT) + r) * stride
                         + row_bytes(w->type, c) + (size_t)(t / F_TOKENS) * share;
     for (int k = 0; k < F_ROWS; k++)
@@ -1684,7 +1685,7 @@ static float round_group(float *q, const float *x, float scale, float lowest, fl
     f32v inverse = spread(scale != 0 ? 1 / scale : 0), s = spread(scale);
     f32v error = spread(0), xq = spread(0), qq = spread(0), xx = spread(0);
     for (int i = 0; i < GROUP; i += WIDTH) {
-        f32v v = load_f32(x + i), whole = greater_of(spread(lowest), mul(v, inverse));  // NaN: lowest
+        f32v v = load_f32(x + i), whole = greater_of(spread(lowest), mul(v, inverse));  // not NaN
         whole = choose(less(spread(highest), whole), spread(highest), whole);
         whole = sub(add(whole, spread(ROUNDER)), spread(ROUNDER));
         store_f32(q + i, whole);
@@ -1814,8 +1815,8 @@ typedef struct {
 } Desk;
 
 // Scores of Q queries at V times 16 positions from vector v0 of the block on. Meanwhile the values
-// of the block are sent for, and below the next block's keys: at depth 1,900 a token of 1.1B q8 then
-// takes 7 ms longer than at depth 0, without it 8 of 80.
+// of the block are sent for, and below the next block's keys: at depth 1,900 a token of 1.1B q8
+// then takes 7 ms longer than at depth 0, without it 8 of 80.
 INLINE void score_tile(Desk *d, const void *keys, const void *values, int v0, int head_dim,
                        int head_pad, bool half, const int Q, const int V) {
     f32v sum[8][4];
@@ -3740,7 +3741,8 @@ static void show_score(Session *s, void *unused, int id, float *scores) {
     for (int i = 0; i < n; i++)
         rank += scores[i] > scores[id] || (scores[i] == scores[id] && i < id);
     if (isatty(fileno(s->out.file))) {
-        int ground = score > -1 ? 255 : score > -3 ? 230 : score > -5 ? 222 : score > -8 ? 209 : 196;
+        int ground = score > -1 ? 255 : score > -3 ? 230 : score > -5 ? 222 : score > -8 ? 209
+                                                                                       : 196;
         append(&line, p.at, p.n);
         disarm(&line);
         fprintf(s->out.file, "\033[30;48;5;%dm%.*s\033[0m", ground, (int)line.n, line.at);
