@@ -84,8 +84,7 @@ static void complain(const char *format, va_list args) {
     char line[2048];
     fflush(stdout);
     vsnprintf(line, sizeof line, format, args);
-    for (char *c = line; *c; c++)
-        *c = iscntrl((unsigned char)*c) ? '?' : *c;
+    for (char *c = line; *c; c++) *c = iscntrl((unsigned char)*c) ? '?' : *c;
     fprintf(stderr, "run: %s\n", line);
 }
 
@@ -105,20 +104,17 @@ static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * u
 // n zeroed elements, for free(); dies rather than return NULL, so no caller checks.
 static void *new_array(size_t n, size_t size) {
     void *p = calloc(n + !n, size);
-    if (!p)
-        die("no memory for %zu times %zu bytes", n, size);
+    if (!p) die("no memory for %zu times %zu bytes", n, size);
     return p;
 }
 #define NEW(type, n) ((type *)new_array((n), sizeof(type)))
 
 // Room for at least n elements behind *array, growing by doubling; the elements may move.
 static void grow(void **array, size_t *room, size_t n, size_t size) {
-    if (n <= *room)
-        return;
+    if (n <= *room) return;
     size_t wanted = n > 2 * *room ? n : 2 * *room;
     void *p = wanted <= SIZE_MAX / size ? realloc(*array, wanted * size) : NULL;
-    if (!p)
-        die("no memory for %zu times %zu bytes", wanted, size);
+    if (!p) die("no memory for %zu times %zu bytes", wanted, size);
     *array = p, *room = wanted;
 }
 
@@ -140,8 +136,7 @@ static void *deal(Arena *a, size_t n, size_t size) {
 // The block for what a first round added up. `advice` says what would make it smaller.
 static Arena open_arena(size_t size, const char *advice) {
     void *at = mmap(NULL, size + !size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-    if (at == MAP_FAILED)
-        die("no memory: %.0f MB wanted; %s", (double)size / 1e6, advice);
+    if (at == MAP_FAILED) die("no memory: %.0f MB wanted; %s", (double)size / 1e6, advice);
     return (Arena){at, 0, size};
 }
 
@@ -151,8 +146,7 @@ typedef struct { char *at; size_t n, room; } Bytes;  // text that grows; not a C
 typedef struct { int *at; size_t n, room; } Tokens;  // ids that grow
 
 static void append(Bytes *b, const char *text, size_t n) {
-    if (n == 0)
-        return;
+    if (n == 0) return;
     grow((void **)&b->at, &b->room, b->n + n, 1);
     memcpy(b->at + b->n, text, n);
     b->n += n;
@@ -173,15 +167,11 @@ typedef struct {
 static File open_file(const char *path) {
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK);  // a FIFO must not hang here
-    if (fd < 0 || fstat(fd, &st) != 0)
-        die("%s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode))
-        die("%s: not a regular file", path);
-    if (st.st_size == 0)
-        die("%s: the file is empty", path);
+    if (fd < 0 || fstat(fd, &st) != 0) die("%s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("%s: not a regular file", path);
+    if (st.st_size == 0) die("%s: the file is empty", path);
     void *at = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
-    if (at == MAP_FAILED)
-        die("%s: cannot be mapped: %s", path, strerror(errno));
+    if (at == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
     return (File){path, at, (size_t)st.st_size};
 }
@@ -196,20 +186,16 @@ static float    read_f32(const void *p) { float v;    memcpy(&v, p, sizeof v); r
 static Bytes read_all(FILE *in, const char *name) {
     Bytes b = {0};
     char part[1 << 16];
-    for (size_t n; (n = fread(part, 1, sizeof part, in)) > 0;)
-        append(&b, part, n);
-    if (ferror(in))
-        die("%s: %s", name, strerror(errno));
+    for (size_t n; (n = fread(part, 1, sizeof part, in)) > 0;) append(&b, part, n);
+    if (ferror(in)) die("%s: %s", name, strerror(errno));
     return b;
 }
 
 // Text of a file, or of standard input for "-".
 static Bytes read_text(const char *path) {
-    if (strcmp(path, "-") == 0)
-        return read_all(stdin, "standard input");
+    if (strcmp(path, "-") == 0) return read_all(stdin, "standard input");
     FILE *in = fopen(path, "rb");
-    if (!in)
-        die("%s: %s", path, strerror(errno));
+    if (!in) die("%s: %s", path, strerror(errno));
     Bytes b = read_all(in, path);
     fclose(in);
     return b;
@@ -228,8 +214,7 @@ typedef struct {
 __attribute__((noreturn))
 static void fail_output(const Output *o) {
     int reason = errno;
-    if (o->beside && !o->nameless)
-        unlink(o->beside);
+    if (o->beside && !o->nameless) unlink(o->beside);
     die("%s: cannot be written: %s", o->path ? o->path : "standard output", strerror(reason));
 }
 
@@ -248,8 +233,7 @@ static int open_nameless(const char *path) {
 
 static Output open_output(const char *path) {
     struct stat st;
-    if (!path || strcmp(path, "-") == 0)
-        return (Output){.file = stdout};
+    if (!path || strcmp(path, "-") == 0) return (Output){.file = stdout};
     Output o = {.path = path};
     int fd = -1;
     if (stat(path, &st) != 0 || S_ISREG(st.st_mode)) {
@@ -259,23 +243,19 @@ static Output open_output(const char *path) {
         o.nameless = fd >= 0;
     }
     o.file = fd >= 0 ? fdopen(fd, "wb") : fopen(o.beside ? o.beside : path, "wb");
-    if (!o.file)
-        fail_output(&o);
+    if (!o.file) fail_output(&o);
     return o;
 }
 
 static void write_bytes(Output *o, const void *data, size_t n) {
-    if (n && fwrite(data, 1, n, o->file) != n)
-        fail_output(o);
+    if (n && fwrite(data, 1, n, o->file) != n) fail_output(o);
 }
 
 static void close_output(Output *o) {
     char link[64];
-    if (fflush(o->file) != 0 || ferror(o->file))
-        fail_output(o);
+    if (fflush(o->file) != 0 || ferror(o->file)) fail_output(o);
     snprintf(link, sizeof link, "/proc/self/fd/%d", fileno(o->file));
-    if (o->nameless)
-        unlink(o->beside);
+    if (o->nameless) unlink(o->beside);
     if (o->nameless && linkat(AT_FDCWD, link, AT_FDCWD, o->beside, AT_SYMLINK_FOLLOW) != 0)
         fail_output(o);
     o->nameless = false;
@@ -303,8 +283,7 @@ static void take_interrupt(void) {
     int which;
     sigemptyset(&set);
     sigaddset(&set, SIGINT);
-    if (interrupt_waits())
-        sigwait(&set, &which);
+    if (interrupt_waits()) sigwait(&set, &which);
 }
 
 static double seconds(void) {
@@ -323,15 +302,13 @@ static Progress start_progress(const char *what) { return (Progress){what, secon
 
 static void show_progress(Progress *p, double done, double all) {
     double now = seconds();
-    if (!isatty(STDERR_FILENO) || now - p->start < 1 || now - p->shown < 0.1)
-        return;
+    if (!isatty(STDERR_FILENO) || now - p->start < 1 || now - p->shown < 0.1) return;
     p->shown = now;
     fprintf(stderr, "\r%s: %3.0f %% ", p->what, all > 0 ? 100 * done / all : 100);
 }
 
 static void end_progress(const Progress *p) {
-    if (p->shown > 0)
-        fprintf(stderr, "\r\033[K");
+    if (p->shown > 0) fprintf(stderr, "\r\033[K");
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -537,8 +514,7 @@ static void check_config(const Config *c, const char *path) {
     }
     if (c->n_heads % c->n_kv_heads)
         die("%s: n_heads %d is no multiple of n_kv_heads %d", path, c->n_heads, c->n_kv_heads);
-    if (c->head_dim % 2)
-        die("%s: head_dim %d is odd, but RoPE turns pairs", path, c->head_dim);
+    if (c->head_dim % 2) die("%s: head_dim %d is odd, but RoPE turns pairs", path, c->head_dim);
     if (q_dim(c) > 1 << 22)
         die("%s: n_heads %d times head_dim %d is above %d", path, c->n_heads, c->head_dim, 1 << 22);
     if (c->scaling != NO_SCALING && !(c->factor > 0))
@@ -549,8 +525,7 @@ static void check_config(const Config *c, const char *path) {
 }
 
 static bool all_zero(const uint8_t *p, size_t n) {
-    while (n && *p == 0)
-        p++, n--;
+    while (n && *p == 0) p++, n--;
     return n == 0;
 }
 
@@ -559,8 +534,7 @@ static Config read_config(const File *f) {
     Config c;
     if (f->size < HEADER)
         die("%s: %zu bytes are less than the %d of a header", f->path, f->size, HEADER);
-    if (read_u32(f->at + 8) != 1)
-        die("%s: version is %u, wanted 1", f->path, read_u32(f->at + 8));
+    if (read_u32(f->at + 8) != 1) die("%s: version is %u, wanted 1", f->path, read_u32(f->at + 8));
     if (!all_zero(f->at + FIELDS_END, SIZE_AT - FIELDS_END))
         die("%s: bytes %d to %d of the header are not zero", f->path, FIELDS_END, SIZE_AT - 1);
     if (read_u64(f->at + SIZE_AT) != f->size)
@@ -586,8 +560,7 @@ static Config read_llama2c_config(const uint8_t *h, const char *path) {
     Config c = {.type = F32, .flags = NEIGHBOURS, .norm_eps = 1e-5f, .rope_theta = 1e4f};
     int *const ints[] = {&c.dim, &c.hidden_dim, &c.n_layers, &c.n_heads, &c.n_kv_heads,
                          &c.vocab_size, &c.max_seq_len};
-    for (int i = 0; i < COUNT(ints); i++)
-        *ints[i] = (int)read_u32(h + 4 * i);
+    for (int i = 0; i < COUNT(ints); i++) *ints[i] = (int)read_u32(h + 4 * i);
     if (c.n_heads > 0 && c.dim % c.n_heads)
         die("%s: not a checkpoint, or its dim %d is no multiple of its n_heads %d", path, c.dim,
             c.n_heads);
@@ -597,8 +570,7 @@ static Config read_llama2c_config(const uint8_t *h, const char *path) {
 
 // Point the next tensor of the file at `*at`; past the end it stays unset and *at tells.
 static void take(Model *m, SlotId s, int layer, size_t *at, size_t alignment) {
-    if (!has_slot(&m->config, s) || *at > m->file.size)
-        return;
+    if (!has_slot(&m->config, s) || *at > m->file.size) return;
     Tensor *w = tensor_at(m, s, layer);
     *w = blank_tensor(&m->config, s);
     *at = round_up(*at, alignment);
@@ -607,8 +579,7 @@ static void take(Model *m, SlotId s, int layer, size_t *at, size_t alignment) {
 }
 
 static void take_all_layers(Model *m, SlotId s, size_t *at) {
-    for (int l = 0; l < (slots[s].per_layer ? m->config.n_layers : 1); l++)
-        take(m, s, l, at, 1);
+    for (int l = 0; l < (slots[s].per_layer ? m->config.n_layers : 1); l++) take(m, s, l, at, 1);
 }
 
 // Where the tensors of our format end.
@@ -630,12 +601,10 @@ static bool take_version_0(Model *m) {
                                    FINAL_NORM};
     const Config *c = &m->config;
     size_t at = 28, tables = (size_t)c->max_seq_len * (size_t)c->head_dim * 4;
-    for (int i = 0; i < COUNT(order); i++)
-        take_all_layers(m, order[i], &at);
+    for (int i = 0; i < COUNT(order); i++) take_all_layers(m, order[i], &at);
     Tensor classifier = blank_tensor(c, CLASSIFIER);
     size_t rest = at + (c->flags & TIED ? 0 : tensor_bytes(&classifier));
-    if (rest + tables == m->file.size)
-        at += tables;
+    if (rest + tables == m->file.size) at += tables;
     take(m, CLASSIFIER, 0, &at, 1);
     return at == m->file.size;
 }
@@ -644,8 +613,7 @@ static size_t take_version_1(Model *m) {
     static const SlotId order[] = {ATTENTION_NORM, FFN_NORM, FINAL_NORM, EMBEDDING, WQ, WK, WV, WO,
                                    W1, W2, W3, CLASSIFIER};
     size_t at = HEADER;
-    for (int i = 0; i < COUNT(order); i++)
-        take_all_layers(m, order[i], &at);
+    for (int i = 0; i < COUNT(order); i++) take_all_layers(m, order[i], &at);
     return at;
 }
 
@@ -688,8 +656,7 @@ static void open_version_0(Model *m) {
     Config *c = &m->config;
     *c = read_llama2c_config(m->file.at, path);
     c->flags |= c->vocab_size > 0 ? TIED : 0;
-    if (c->vocab_size < 0 && c->vocab_size > INT_MIN)
-        c->vocab_size = -c->vocab_size;
+    if (c->vocab_size < 0 && c->vocab_size > INT_MIN) c->vocab_size = -c->vocab_size;
     for (int i = 0; i < COUNT(fields); i++)
         if (!(field_value(c, &fields[i]) >= fields[i].least
               && field_value(c, &fields[i]) <= fields[i].most))
@@ -727,8 +694,7 @@ static Model open_model(const char *path) {
         open_version_1(&m);
     else
         open_version_0(&m);
-    if (m.config.flags & TIED)
-        m.classifier = m.embedding;
+    if (m.config.flags & TIED) m.classifier = m.embedding;
     // Read ahead in big steps; pages are only asked for, so a model larger than memory still runs.
     madvise((void *)(uintptr_t)m.file.at, m.file.size, MADV_WILLNEED);
     return m;
@@ -788,8 +754,7 @@ static bool work_once(Pool *p, int thread) {
     void *job;
     int first, n;
     do {
-        if (!items_left(ticket))
-            return false;
+        if (!items_left(ticket)) return false;
         first = claimed_of(ticket);
         n = most(1, (items_of(ticket) - first) / (4 * p->threads));
         work = atomic_load_explicit(&p->work, memory_order_relaxed);
@@ -811,8 +776,7 @@ static bool job_done(Pool *p) { return atomic_load(&p->done) == items_of(atomic_
 static bool spin(Pool *p, bool (*came)(Pool *)) {
     enum { SPINS = 1 << 11 };
     for (int i = 0; i < SPINS; i++) {
-        if (came(p))
-            return true;
+        if (came(p)) return true;
         relax();
     }
     return false;
@@ -822,12 +786,10 @@ static void *worker(void *argument) {
     Pool *p = argument;
     int thread = 1 + atomic_fetch_add(&p->born, 1);
     while (!p->closing) {
-        if (work_once(p, thread) || spin(p, work_waits))
-            continue;
+        if (work_once(p, thread) || spin(p, work_waits)) continue;
         pthread_mutex_lock(&p->mutex);
         p->sleepers++;
-        while (!work_waits(p))
-            pthread_cond_wait(&p->wake, &p->mutex);
+        while (!work_waits(p)) pthread_cond_wait(&p->wake, &p->mutex);
         p->sleepers--;
         pthread_mutex_unlock(&p->mutex);
     }
@@ -835,8 +797,7 @@ static void *worker(void *argument) {
 }
 
 static void wake_workers(Pool *p) {
-    if (p->sleepers == 0)
-        return;
+    if (p->sleepers == 0) return;
     pthread_mutex_lock(&p->mutex);
     pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->mutex);
@@ -847,8 +808,7 @@ static void wake_workers(Pool *p) {
 static void parallel(Pool *p, int n, Work *work, void *job) {
     assert(n >= 0 && n <= MAX_ITEMS);
     if (p->threads == 1 || n <= 1) {
-        if (n)
-            work(job, 0, 0, n);
+        if (n) work(job, 0, 0, n);
         return;
     }
     atomic_store_explicit(&p->work, work, memory_order_relaxed);
@@ -856,14 +816,11 @@ static void parallel(Pool *p, int n, Work *work, void *job) {
     atomic_store(&p->done, 0);
     atomic_store(&p->ticket, new_ticket((atomic_load(&p->ticket) >> 40) + 1, n));
     wake_workers(p);
-    while (work_once(p, 0))
-        ;
-    if (spin(p, job_done))
-        return;
+    while (work_once(p, 0)) ;
+    if (spin(p, job_done)) return;
     pthread_mutex_lock(&p->mutex);
     p->owner_sleeps = true;
-    while (!job_done(p))
-        pthread_cond_wait(&p->finished, &p->mutex);
+    while (!job_done(p)) pthread_cond_wait(&p->finished, &p->mutex);
     p->owner_sleeps = false;
     pthread_mutex_unlock(&p->mutex);
 }
@@ -884,8 +841,7 @@ static void stop_pool(Pool *p) {
     p->closing = true;
     pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->mutex);
-    for (int i = 1; i < p->threads; i++)
-        pthread_join(p->workers[i], NULL);
+    for (int i = 1; i < p->threads; i++) pthread_join(p->workers[i], NULL);
     free(p->workers);
 }
 
@@ -894,10 +850,8 @@ static void stop_pool(Pool *p) {
 static long read_number(const char *path, long otherwise) {
     long v = otherwise;
     FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%ld", &v) != 1)
-        v = otherwise;
-    if (f)
-        fclose(f);
+    if (f && fscanf(f, "%ld", &v) != 1) v = otherwise;
+    if (f) fclose(f);
     return v;
 }
 
@@ -905,8 +859,7 @@ static long read_number(const char *path, long otherwise) {
 static int quota_cores(void) {
     long quota = -1, period = 0;
     FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");  // version 2: "max 100000" or "150000 100000"
-    if (f && fscanf(f, "%ld %ld", &quota, &period) != 2)
-        quota = -1;
+    if (f && fscanf(f, "%ld %ld", &quota, &period) != 2) quota = -1;
     if (f) {
         fclose(f);
     } else {
@@ -920,15 +873,13 @@ static int quota_cores(void) {
 // and only if it is allowed (or is the first allowed one).
 static int usable_cores(void) {
     cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0)
-        return 1;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
     int cores = 0;
     for (int i = 0; i < CPU_SETSIZE; i++) {
         char path[96];
         snprintf(path, sizeof path,
                  "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", i);
-        if (!CPU_ISSET(i, &allowed))
-            continue;
+        if (!CPU_ISSET(i, &allowed)) continue;
         long first = read_number(path, i);
         cores += first == i || first < 0 || first >= CPU_SETSIZE || !CPU_ISSET(first, &allowed);
     }
@@ -1033,8 +984,7 @@ static float widen_half(uint16_t half) {
 // The nearest IEEE half, ties to even.
 static uint16_t narrow_half(float x) {
     uint32_t u = bits_of_float(x), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
-    if (rest > 0x7f800000)
-        return (uint16_t)(sign | 0x7e00 | (rest >> 13 & 0x3ff));
+    if (rest > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (rest >> 13 & 0x3ff));
     if (rest >= 0x47800000)  // 65536 and above
         return (uint16_t)(sign | 0x7c00);
     if (rest < 0x38800000)   // below the smallest normal half: adding 0.5 rounds to units of 2^-24
@@ -1111,9 +1061,7 @@ enum { Q8_ZERO = 0, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 4 };
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
     return (FloatPart)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
-INLINE FloatPart wide_bf16(const uint16_t *x) {
-    return (FloatPart)vshll_n_u16(vld1_u16(x), 16);
-}
+INLINE FloatPart wide_bf16(const uint16_t *x) { return (FloatPart)vshll_n_u16(vld1_u16(x), 16); }
 INLINE FloatPart wide_f16(const uint16_t *x) {
     return (FloatPart)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)));
 }
@@ -1255,8 +1203,7 @@ INLINE void store_bytes(int8_t *out, i32v v) {
 #else
     int32_t all[WIDTH];
     memcpy(all, &v, sizeof all);
-    for (int i = 0; i < WIDTH; i++)
-        out[i] = (int8_t)all[i];
+    for (int i = 0; i < WIDTH; i++) out[i] = (int8_t)all[i];
 #endif
 }
 
@@ -1287,8 +1234,7 @@ INLINE f32v exponential(f32v x) {
 // A vector of which only the first n lanes are in memory; the others are 0.
 INLINE f32v load_some(const float *x, int n) {
     float all[WIDTH] = {0};
-    if (n >= WIDTH)
-        return load_f32(x);
+    if (n >= WIDTH) return load_f32(x);
     memcpy(all, x, (size_t)n * sizeof *x);
     return load_f32(all);
 }
@@ -1351,8 +1297,7 @@ static int quantize_group(int8_t *q, float *scale, const float *x) {
 
 // Row t of the inputs made ready for weights of this type.
 static void prepare(Inputs *in, int t, int cols, Type type) {
-    if (!is_quantized(type))
-        return;
+    if (!is_quantized(type)) return;
     const float *x = in->x + (size_t)t * (size_t)cols;
     int groups = (int)group_count(cols), zero = type == Q8 ? Q8_ZERO : Q4_ZERO;
     for (int g = 0; g < groups; g++) {
@@ -1440,14 +1385,10 @@ INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int
 INLINE void q_panels(float *out, const Tensor *w, int panel, const Inputs *in, int n, Type type,
                      const int P) {
     int t = 0;
-    for (; n - t >= Q_TOKENS; t += Q_TOKENS)
-        q_tile(out, w, panel, in, t, type, P, Q_TOKENS);
-    for (; n - t >= 4; t += 4)
-        q_tile(out, w, panel, in, t, type, P, 4);
-    for (; n - t >= 2; t += 2)
-        q_tile(out, w, panel, in, t, type, P, 2);
-    for (; t < n; t++)
-        q_tile(out, w, panel, in, t, type, P, 1);
+    for (; n - t >= Q_TOKENS; t += Q_TOKENS) q_tile(out, w, panel, in, t, type, P, Q_TOKENS);
+    for (; n - t >= 4; t += 4) q_tile(out, w, panel, in, t, type, P, 4);
+    for (; n - t >= 2; t += 2) q_tile(out, w, panel, in, t, type, P, 2);
+    for (; t < n; t++) q_tile(out, w, panel, in, t, type, P, 1);
 }
 
 // A matmul is cut into units of 32 rows.
@@ -1457,8 +1398,7 @@ INLINE void q_unit(float *out, const Tensor *w, int unit, const Inputs *in, int 
     int panel = unit * (UNIT / PANEL), end = least(panel + UNIT / PANEL, (int)panel_count(w->rows));
     for (; end - panel >= Q_PANELS; panel += Q_PANELS)
         q_panels(out, w, panel, in, n, type, Q_PANELS);
-    for (; panel < end; panel++)
-        q_panels(out, w, panel, in, n, type, 1);
+    for (; panel < end; panel++) q_panels(out, w, panel, in, n, type, 1);
 }
 
 // Float weights. Lane i of a sum takes columns i, i + 16, ..., so that a row is read as it lies.
@@ -1572,15 +1512,13 @@ INLINE void float_tiles(const Part *p, int n, const Type type, const bool ahead)
     int t = 0;
     for (; n - t >= F_TOKENS; t += F_TOKENS)
         for (int r = 0; r < p->there; r += F_ROWS) {
-            if (ahead)
-                send_ahead(p, r, t, n);
+            if (ahead) send_ahead(p, r, t, n);
             float_tile(p, r, t, type, F_TOKENS);
         }
     for (; n - t >= 2; t += 2)
         for (int r = 0; r < p->there; r += F_ROWS)
             float_tile(p, r, t, type, 2);
-    for (int r = 0; r < p->there && t < n; r += F_ROWS)
-        float_tile(p, r, t, type, 1);
+    for (int r = 0; r < p->there && t < n; r += F_ROWS) float_tile(p, r, t, type, 1);
 }
 
 // Few tokens: rows are used where they lie. Many: a unit's rows are made floats once, COLUMNS at a
@@ -1599,8 +1537,7 @@ INLINE void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, 
     p.w = (const uint8_t *)s->w, p.stride = sizeof s->w[0];
     for (; p.c0 < w->cols; p.c0 += COLUMNS) {
         p.cols = least(COLUMNS, w->cols - p.c0);
-        for (int r = 0; r < p.there; r++)
-            widen_row(s->w[r], w, p.first + r, p.c0, p.cols);
+        for (int r = 0; r < p.there; r++) widen_row(s->w[r], w, p.first + r, p.c0, p.cols);
         float_tiles(&p, n, F32, true);
     }
 }
@@ -1662,16 +1599,14 @@ static void matmul_units(void *job, int thread, int first, int end) {
     const Product *p = m->product;
     int before = 0;
     for (int i = first; i < end; i++) {
-        while (i - before >= unit_count(p->w))
-            before += unit_count(p++->w);
+        while (i - before >= unit_count(p->w)) before += unit_count(p++->w);
         multiply_unit(p->out, p->w, i - before, m->in, m->n, &m->scratch[thread]);
     }
 }
 
 static void matmul(Pool *pool, Matmul *m) {
     int units = 0;
-    for (int i = 0; i < m->count; i++)
-        units += unit_count(m->product[i].w);
+    for (int i = 0; i < m->count; i++) units += unit_count(m->product[i].w);
     parallel(pool, units, matmul_units, m);
 }
 
@@ -1713,8 +1648,7 @@ static float q4_scale(const float *x, float peak) {
     for (int i = 0; i < 2 * 15; i++) {
         float steps = 5.5f + (float)(i / 2) * 0.25f;
         round_group(q, x, (i % 2 ? -peak : peak) / steps, -8, 7, &better, &rest);
-        if (rest < least_rest)
-            least_rest = rest, found = half_scale(better);
+        if (rest < least_rest) least_rest = rest, found = half_scale(better);
     }
     return round_group(q, x, found, -8, 7, &better, &rest) < plain ? found : best;
 }
@@ -1825,8 +1759,7 @@ INLINE void score_tile(Desk *d, const void *keys, const void *values, int v0, in
             sum[j][v] = spread(0);
     for (int i = 0; i < head_dim; i++) {
         f32v k[4];
-        if (half)
-            __builtin_prefetch((const char *)values + (v0 / V * head_dim + i) * LINE, 0, 2);
+        if (half) __builtin_prefetch((const char *)values + (v0 / V * head_dim + i) * LINE, 0, 2);
         UNROLL for (int v = 0; v < V; v++)
             k[v] = load_cached(keys, (size_t)((v0 + v) * head_pad + i) * WIDTH, half);
         UNROLL for (int j = 0; j < Q; j++) {
@@ -1850,8 +1783,7 @@ INLINE void mix_tile(Desk *d, const void *keys, const void *values, int i0, int 
             sum[j][v] = spread(0);
     for (int p = first; p < end; p++) {
         f32v value[4];
-        if (half)
-            __builtin_prefetch(next + p * LINE, 0, 2);
+        if (half) __builtin_prefetch(next + p * LINE, 0, 2);
         UNROLL for (int v = 0; v < V; v++)
             value[v] = load_cached(values, (size_t)(p * head_pad + i0 + v * WIDTH), half);
         UNROLL for (int j = 0; j < Q; j++) {
@@ -1875,13 +1807,10 @@ static float exp_of(float x) {
 static void weigh(Desk *d, int j, int v0, int v1) {
     float *w = d->weight + j * BLOCK;
     int first = d->first[j], end = d->end[j];
-    for (int p = v0 * WIDTH; p < least(first, v1 * WIDTH); p++)
-        w[p] = -INFINITY;
-    for (int p = most(end, v0 * WIDTH); p < v1 * WIDTH; p++)
-        w[p] = -INFINITY;
+    for (int p = v0 * WIDTH; p < least(first, v1 * WIDTH); p++) w[p] = -INFINITY;
+    for (int p = most(end, v0 * WIDTH); p < v1 * WIDTH; p++) w[p] = -INFINITY;
     f32v peaks = spread(-INFINITY), total = spread(0);
-    for (int v = v0; v < v1; v++)
-        peaks = greater_of(peaks, load_f32(w + v * WIDTH));
+    for (int v = v0; v < v1; v++) peaks = greater_of(peaks, load_f32(w + v * WIDTH));
     float peak = greatest(peaks);
     f32v base = spread(first < end ? peak : 0);
     for (int v = v0; v < v1; v++) {
@@ -1904,16 +1833,12 @@ INLINE void answer_tile(Desk *d, const void *keys, const void *values, const Cac
     }
     low = least(low, high);
     int v0 = low / WIDTH, v1 = (high + WIDTH - 1) / WIDTH, v = v0;
-    for (; v + V <= v1; v += V)
-        score_tile(d, keys, values, v, dim, pad, half, Q, V);
-    for (; v < v1; v++)
-        score_tile(d, keys, values, v, dim, pad, half, Q, 1);
-    for (int j = 0; j < Q; j++)
-        weigh(d, j, v0, v1);
+    for (; v + V <= v1; v += V) score_tile(d, keys, values, v, dim, pad, half, Q, V);
+    for (; v < v1; v++) score_tile(d, keys, values, v, dim, pad, half, Q, 1);
+    for (int j = 0; j < Q; j++) weigh(d, j, v0, v1);
     for (; i + V * WIDTH <= pad; i += V * WIDTH)
         mix_tile(d, keys, values, i, low, high, pad, half, Q, V);
-    for (; i < pad; i += WIDTH)
-        mix_tile(d, keys, values, i, low, high, pad, half, Q, 1);
+    for (; i < pad; i += WIDTH) mix_tile(d, keys, values, i, low, high, pad, half, Q, 1);
 }
 
 // The same, for a number of queries and a type of cache known only now.
@@ -1934,8 +1859,7 @@ static void answer(Desk *d, const void *keys, const void *values, const Cache *c
 
 // n numbers of an f16 cache as floats.
 static void widen(float *out, const void *halves, int n) {
-    for (int i = 0; i < n; i += WIDTH)
-        store_f32(out + i, load_f16((const uint16_t *)halves + i));
+    for (int i = 0; i < n; i += WIDTH) store_f32(out + i, load_f16((const uint16_t *)halves + i));
 }
 
 // What a query has gathered so far; the mix of values is relative to the peak. Nothing: total 0.
@@ -1946,8 +1870,7 @@ typedef struct {
 
 // b comes after a and is added to it.
 static void merge(Answer *a, const Answer *b, int head_dim) {
-    if (*b->total == 0)
-        return;
+    if (*b->total == 0) return;
     bool first = *a->total == 0;
     float peak = !first && *a->peak > *b->peak ? *a->peak : *b->peak;
     float mine = first ? 0 : exp_of(*a->peak - peak), other = exp_of(*b->peak - peak);
@@ -2018,10 +1941,8 @@ static void lay_out_threads(State *s, Arena *a, int threads) {
             .values = DEAL(a, float, BLOCK * pad),
         };
         f32v *sums = floats ? DEAL(a, f32v, batch * UNIT) : NULL;
-        if (a->at)
-            s->desks[i] = d;
-        if (a->at && floats)
-            s->scratch[i].sums = sums;
+        if (a->at) s->desks[i] = d;
+        if (a->at && floats) s->scratch[i].sums = sums;
     }
 }
 
@@ -2055,10 +1976,8 @@ static void lay_out(State *s, Arena *a, int threads) {
 // whose wave is long against the original context, with a ramp between the two.
 static double rope_frequency(const Config *c, int i) {
     double f = pow((double)c->rope_theta, -2.0 * i / c->head_dim);
-    if (c->scaling == LINEAR)
-        return f / (double)c->factor;
-    if (c->scaling == NO_SCALING)
-        return f;
+    if (c->scaling == LINEAR) return f / (double)c->factor;
+    if (c->scaling == NO_SCALING) return f;
     double waves = c->original_context * f / (2 * 3.14159265358979323846);
     double low = (double)c->low_freq_factor, high = (double)c->high_freq_factor;
     double keep = waves < low ? 0 : waves > high ? 1 : (waves - low) / (high - low);
@@ -2120,8 +2039,7 @@ struct Rows {
 static void do_rows(void *job, int thread, int first, int end) {
     (void)thread;
     const Rows *r = job;
-    for (int t = first; t < end; t++)
-        r->work(r, t);
+    for (int t = first; t < end; t++) r->work(r, t);
 }
 
 static void each_row(Rows *r, RowWork *work) {
@@ -2154,8 +2072,7 @@ static void rmsnorm(float *out, const float *x, const Tensor *weight, float eps)
     f32v rest = load_some(x + whole, n - whole);
     squares = fma16(rest, rest, squares);
     float scale = 1 / sqrtf(join(squares) / (float)n + eps);
-    for (int i = 0; i < n; i++)
-        out[i] = x[i] * scale * vector(weight)[i];
+    for (int i = 0; i < n; i++) out[i] = x[i] * scale * vector(weight)[i];
 }
 
 // in = norm(x)
@@ -2168,8 +2085,7 @@ static void norm_row(const Rows *r, int t) {
 // x += branch
 static void add_row(const Rows *r, int t) {
     float *x = row(r->s->x, t, r->config->dim), *branch = row(r->s->branch, t, r->config->dim);
-    for (int i = 0; i < r->config->dim; i++)
-        x[i] += branch[i];
+    for (int i = 0; i < r->config->dim; i++) x[i] += branch[i];
 }
 
 // in = silu(h1) * h2, silu(x) = x / (1 + e^-x) (Shazeer 2020).
@@ -2198,16 +2114,14 @@ static void rotate(float *head, const float *angles, const Config *c) {
 }
 
 static void add_bias(float *x, const Tensor *bias) {
-    for (int i = 0; bias->rows && i < bias->cols; i++)
-        x[i] += vector(bias)[i];
+    for (int i = 0; bias->rows && i < bias->cols; i++) x[i] += vector(bias)[i];
 }
 
 // n query or key heads with their norm, if the model has one, turned to the step's position.
 static void place_heads(const Rows *r, int t, float *heads, int n, const Tensor *norm) {
     const Config *c = r->config;
     for (int h = 0; h < n; h++, heads += c->head_dim) {
-        if (c->flags & HEAD_NORMS)
-            rmsnorm(heads, heads, norm, c->norm_eps);
+        if (c->flags & HEAD_NORMS) rmsnorm(heads, heads, norm, c->norm_eps);
         rotate(heads, row(r->s->angles, t, c->head_dim), c);
     }
 }
@@ -2274,8 +2188,7 @@ static void gather_query(const Rows *r, Desk *d, Query q, int block, int j, int 
     const Config *c = r->config;
     const float *from = row(r->s->q, q.t, q_dim(c)) + q.head * c->head_dim;
     float scale = 1 / sqrtf((float)c->head_dim);
-    for (int i = 0; i < c->head_dim; i++)
-        d->q[i * queries + j] = from[i] * scale;
+    for (int i = 0; i < c->head_dim; i++) d->q[i * queries + j] = from[i] * scale;
     d->first[j] = most(0, first_seen(r, q.t) - block * BLOCK);
     d->end[j] = most(0, least(r->steps[q.t].pos + 1 - block * BLOCK, BLOCK));
 }
@@ -2328,8 +2241,7 @@ static void attend_items(void *job, int thread, int first, int end) {
         }
         int from = first_seen(r, run.first) / BLOCK;
         int to = r->steps[run.first + run.n - 1].pos / BLOCK;
-        if (r->parts > 1)
-            from = most(from, part), to = least(to, part);
+        if (r->parts > 1) from = most(from, part), to = least(to, part);
         for (int block = from; block <= to; block++)
             visit_block(r, &r->s->desks[thread], run, kv_head, block);
     }
@@ -2346,8 +2258,7 @@ static void finish_row(const Rows *r, int t) {
             merge(&whole, &next, c->head_dim);
         }
         float share = 1 / *whole.total;
-        for (int i = 0; i < c->head_dim; i++)
-            out[i] = whole.mix[i] * share;
+        for (int i = 0; i < c->head_dim; i++) out[i] = whole.mix[i] * share;
     }
     prepare(&r->s->in, t, q_dim(c), c->type);
 }
@@ -2506,8 +2417,7 @@ typedef struct {
 } Piece;
 
 static Piece piece(const Tokenizer *t, int id) {
-    if (id < 0 || (uint32_t)id >= t->header.n_tokens)
-        return (Piece){"", 0};
+    if (id < 0 || (uint32_t)id >= t->header.n_tokens) return (Piece){"", 0};
     const Token *k = &t->token[id];
     const void *at = k->type == BYTE ? (const void *)&k->at : t->file.at + k->at;
     return (Piece){at, k->type == CONTROL || k->type == UNKNOWN ? 0 : k->length};
@@ -2535,8 +2445,7 @@ static int find_control(const Tokenizer *t, const char *name) {
 
 static Table new_table(size_t n) {
     size_t entries = 16;
-    while (entries < n + n / 2)
-        entries *= 2;
+    while (entries < n + n / 2) entries *= 2;
     return (Table){NEW(struct Entry, entries), entries - 1};
 }
 
@@ -2547,8 +2456,7 @@ static struct Entry *probe(const Table *t, uint64_t key) {
     h = (h ^ h >> 32) * odd >> 32;
     for (size_t i = 0; i < MOST_PROBES; i++) {
         struct Entry *e = &t->entry[(h + i) & t->mask];
-        if (e->value == 0 || e->key == key)
-            return e;
+        if (e->value == 0 || e->key == key) return e;
     }
     die("the tokenizer is broken: %d of its keys collide", MOST_PROBES);
 }
@@ -2558,8 +2466,7 @@ static uint64_t find(const Table *t, uint64_t key) { return probe(t, key)->value
 // Of values with the same key the first stays.
 static void enter(Table *t, uint64_t key, uint64_t value) {
     struct Entry *e = probe(t, key);
-    if (e->value == 0)
-        *e = (struct Entry){key, value};
+    if (e->value == 0) *e = (struct Entry){key, value};
 }
 
 static uint64_t pair(uint32_t first, uint32_t second) { return (uint64_t)first << 32 | second; }
@@ -2568,8 +2475,7 @@ static const uint64_t no_bytes = 0xCBF29CE484222325;  // the hash of
 
 // FNV-1a of bytes that follow those with the hash h.
 static uint64_t hash(uint64_t h, const uint8_t *bytes, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        h = (h ^ bytes[i]) * 0x100000001B3;
+    for (size_t i = 0; i < n; i++) h = (h ^ bytes[i]) * 0x100000001B3;
     return h;
 }
 
@@ -2587,14 +2493,11 @@ static int utf8(uint32_t *code, const uint8_t *p, size_t n) {
     uint8_t least = *p == 0xE0 ? 0xA0 : *p == 0xF0 ? 0x90 : 0x80;  // of the second byte
     uint8_t most = *p == 0xED ? 0x9F : *p == 0xF4 ? 0x8F : 0xBF;
     int length = *p < 0x80 ? 1 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4;
-    if ((*p >= 0x80 && *p < 0xC2) || *p > 0xF4)
-        return BROKEN;
+    if ((*p >= 0x80 && *p < 0xC2) || *p > 0xF4) return BROKEN;
     *code = length == 1 ? *p : *p & (0x7F >> length);
     for (int i = 1; i < length; i++, least = 0x80, most = 0xBF) {
-        if ((size_t)i == n)
-            return CUT_SHORT;
-        if (p[i] < least || p[i] > most)
-            return BROKEN;
+        if ((size_t)i == n) return CUT_SHORT;
+        if (p[i] < least || p[i] > most) return BROKEN;
         *code = *code << 6 | (p[i] & 0x3F);
     }
     return length;
@@ -2612,8 +2515,7 @@ static uint32_t next_code(const uint8_t *text, size_t n, size_t *at) {
 static void append_code(Bytes *out, uint32_t code) {
     size_t n = code < 0x80 || code >= UNICODE ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     char c[4];
-    for (size_t i = n; i-- > 1; code >>= 6)
-        c[i] = (char)(0x80 | (code & 0x3F));
+    for (size_t i = n; i-- > 1; code >>= 6) c[i] = (char)(0x80 | (code & 0x3F));
     c[0] = (char)(n > 1 ? 0xF00 >> n | code : code & 0xFF);  // the low byte of UNICODE is 0
     append(out, c, n);
 }
@@ -2654,20 +2556,16 @@ static void add_token(Tokenizer *t, uint32_t id, float score, Token k) {
             t->file.path, id, k.type, (double)score, k.length, LONGEST_USER_DEFINED);
     t->token[id] = k;
     bool whole = k.type == NORMAL || k.type == USER_DEFINED;
-    if (!whole && k.type != BYTE)
-        return;
+    if (!whole && k.type != BYTE) return;
     const uint8_t *p = (const uint8_t *)piece(t, (int)id).at;
     int *alone = &t->byte_token[*p];
-    if (k.length == 1 && (*alone < 0 || (whole && t->token[*alone].type == BYTE)))
-        *alone = (int)id;
-    for (size_t i = 1; i < k.length; i++)
-        t->joined[p[i - 1] << 8 | p[i]] = true;
+    if (k.length == 1 && (*alone < 0 || (whole && t->token[*alone].type == BYTE))) *alone = (int)id;
+    for (size_t i = 1; i < k.length; i++) t->joined[p[i - 1] << 8 | p[i]] = true;
     if (k.type == USER_DEFINED && k.length > t->user_defined[*p])
         t->user_defined[*p] = (uint8_t)k.length;
     uint32_t bits = read_u32(&(float){score + 0.0f});  // these order like a signed number; -0 is 0
     uint32_t priority = bits >> 31 ? bits : ~bits & INT32_MAX;
-    if (whole)
-        enter(&t->tokens, hash(no_bytes, p, k.length), pair(priority, id));
+    if (whole) enter(&t->tokens, hash(no_bytes, p, k.length), pair(priority, id));
 }
 
 // Tokens fill the file from `at` on: score, type, length, bytes. llama2.c's file leaves the type to
@@ -2734,8 +2632,7 @@ static void add_composition(Tokenizer *t, uint32_t whole, uint32_t first, uint32
         die("%s: a composition has %#x as %#x and %#x, wanted codes below %#x", t->file.path, whole,
             first, second, UNICODE);
     enter(&t->parts, code, pair(first, second));
-    if (code == whole)
-        enter(&t->wholes, pair(first, second), whole);
+    if (code == whole) enter(&t->wholes, pair(first, second), whole);
 }
 
 // The rows of the file, and Hangul, which it leaves out: its syllables are 19 leading by 21 vowel
@@ -2744,8 +2641,7 @@ static void read_compositions(Tokenizer *t, const uint32_t *row) {
     const uint32_t n = t->header.n_compositions, syllables = 19 * 21 * 28;
     t->parts = new_table((size_t)n + syllables);
     t->wholes = new_table((size_t)n + syllables);
-    for (uint32_t i = 0; i < n; i++, row += 3)
-        add_composition(t, row[0], row[1], row[2]);
+    for (uint32_t i = 0; i < n; i++, row += 3) add_composition(t, row[0], row[1], row[2]);
     for (uint32_t s = 0; s < syllables; s++)
         if (s % 28)
             add_composition(t, 0xAC00 + s, 0xAC00 + s - s % 28, 0x11A7 + s % 28);
@@ -2781,8 +2677,7 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
     const uint32_t *row = (const void *)(f->at + at);
     read_merges(&t, row);
     row += 3 * (size_t)h->n_merges;
-    if (h->rule)
-        t.class = read_runs(f, row, h->n_classes, WHITE);
+    if (h->rule) t.class = read_runs(f, row, h->n_classes, WHITE);
     row += 2 * (size_t)h->n_classes;
     if (h->flags & NFC) {
         t.mark = read_runs(f, row, h->n_marks, UINT8_MAX);
@@ -2794,8 +2689,7 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
 static void close_tokenizer(Tokenizer *t) {
     void *blocks[] = {t->token,        t->joined,       t->class,       t->mark,
                       t->tokens.entry, t->merges.entry, t->parts.entry, t->wholes.entry};
-    for (int i = 0; i < COUNT(blocks); i++)
-        free(blocks[i]);
+    for (int i = 0; i < COUNT(blocks); i++) free(blocks[i]);
     close_file(&t->file);
 }
 
@@ -2807,14 +2701,12 @@ static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth)
     uint64_t parts = code < 0x80 || depth == DEEPEST_COMPOSITION ? 0 : find(&t->parts, code);
     if (parts) {
         decompose(out, t, (uint32_t)(parts >> 32), depth + 1);
-        if ((uint32_t)parts)
-            decompose(out, t, (uint32_t)parts, DEEPEST_COMPOSITION);
+        if ((uint32_t)parts) decompose(out, t, (uint32_t)parts, DEEPEST_COMPOSITION);
         return;
     }
     push(out, (int)code);
     int *c = out->at + out->n - 1, *end = out->n > MOST_MARKS ? c - MOST_MARKS : out->at;
-    for (; c > end && t->mark[code] && t->mark[c[-1]] > t->mark[code]; c--)
-        *c = c[-1];
+    for (; c > end && t->mark[code] && t->mark[c[-1]] > t->mark[code]; c--) *c = c[-1];
     *c = (int)code;
 }
 
@@ -2822,8 +2714,7 @@ static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth)
 // something of the same or a higher class, or of class 0, stands between.
 static void append_nfc(Bytes *out, const Tokenizer *t, const uint8_t *text, size_t n) {
     Tokens codes = {0};
-    for (size_t at = 0; at < n;)
-        decompose(&codes, t, next_code(text, n, &at), 0);
+    for (size_t at = 0; at < n;) decompose(&codes, t, next_code(text, n, &at), 0);
     int *starter = NULL, between = -1;  // the class of what stands between last, -1: nothing
     for (int *c = codes.at; codes.n && c < codes.at + codes.n; c++) {
         int class = t->mark[*c];
@@ -2875,8 +2766,7 @@ static int class_at(const Encoder *e, size_t at, size_t *end) {
 
 // The end of at most `most` characters of a class.
 static size_t skip(const Encoder *e, size_t at, int class, size_t most) {
-    for (size_t end; most > 0 && class_at(e, at, &end) == class; most--)
-        at = end;
+    for (size_t end; most > 0 && class_at(e, at, &end) == class; most--) at = end;
     return at;
 }
 
@@ -2904,8 +2794,7 @@ static size_t white_end(const Encoder *e, size_t at, bool newer) {
     for (size_t i = end; newer && i > at; i--)
         if (is_line_end(e, i - 1))
             return i;
-    while ((e->text[last] & 0xC0) == 0x80)
-        last--;
+    while ((e->text[last] & 0xC0) == 0x80) last--;
     int class = class_at(e, end, &next);
     bool over = class == END || (class == NUMBER && e->tokenizer->header.rule == SMOLLM_RULE);
     return over || last == at ? end : last;
@@ -2923,19 +2812,15 @@ static size_t piece_end(const Encoder *e, size_t at) {
     bool newer = rule == LLAMA3_RULE || rule == QWEN2_RULE, space = e->text[at] == ' ';
     size_t second, end;
     int class = class_at(e, at, &second);
-    if (class == NUMBER)
-        return skip(e, at, NUMBER, most_digits[rule]);
-    if (e->text[at] == '\'' && (end = contraction_end(e, second, newer)) > second)
-        return end;
+    if (class == NUMBER) return skip(e, at, NUMBER, most_digits[rule]);
+    if (e->text[at] == '\'' && (end = contraction_end(e, second, newer)) > second) return end;
     int next = class == LETTER ? LETTER : class_at(e, second, &end);
     if (class == LETTER || (next == LETTER && (newer ? !is_line_end(e, at) : space))
         || (next == NUMBER && space && rule == GPT2_RULE))
         return skip(e, second, next, SIZE_MAX);
-    if (class == WHITE && !(next == OTHER && space))
-        return white_end(e, at, newer);
+    if (class == WHITE && !(next == OTHER && space)) return white_end(e, at, newer);
     end = skip(e, second, OTHER, SIZE_MAX);
-    while (newer && is_line_end(e, end))
-        end++;
+    while (newer && is_line_end(e, end)) end++;
     return end;
 }
 
@@ -2943,12 +2828,10 @@ static size_t piece_end(const Encoder *e, size_t at) {
 static void consider(Encoder *e, uint32_t left) {
     const Tokenizer *t = e->tokenizer;
     Symbol a = e->symbol[left], b = e->symbol[a.end];
-    if (b.end == 0)
-        return;
+    if (b.end == 0) return;
     uint64_t found = t->header.n_merges ? find(&t->merges, pair((uint32_t)a.id, (uint32_t)b.id))
                                         : find_token(t, e->run + left, b.end - left);
-    if (!found)
-        return;
+    if (!found) return;
     grow((void **)&e->heap, &e->heap_room, e->joins + 1, sizeof *e->heap);
     uint64_t order = pair((uint32_t)(found >> 32), left);
     size_t i = e->joins++;
@@ -2962,8 +2845,7 @@ static Join pop_join(Encoder *e) {
     size_t i = 0;
     for (size_t child; (child = 2 * i + 1) < e->joins; i = child) {
         child += child + 1 < e->joins && heap[child + 1].order < heap[child].order;
-        if (last.order <= heap[child].order)
-            break;
+        if (last.order <= heap[child].order) break;
         heap[i] = heap[child];
     }
     heap[i] = last;
@@ -2993,8 +2875,7 @@ static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
     e->run = run;
     start_symbols(e, n);
     Symbol *s = e->symbol;
-    for (uint32_t at = 0; at < n; at = s[at].end)
-        consider(e, at);
+    for (uint32_t at = 0; at < n; at = s[at].end) consider(e, at);
     while (e->joins > 0) {
         Join join = pop_join(e);
         uint32_t left = (uint32_t)join.order, right = s[left].end;
@@ -3003,15 +2884,13 @@ static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
         s[left].end = join.end, s[left].id = join.id;
         s[right].end = 0;
         s[join.end].previous = left;
-        if (left > 0)
-            consider(e, s[left].previous);
+        if (left > 0) consider(e, s[left].previous);
         consider(e, left);
     }
     for (uint32_t at = 0; at < n; at = s[at].end)
         for (uint32_t i = at; i < s[at].end; i = s[at].id < 0 ? i + 1 : s[at].end) {
             int id = s[at].id < 0 ? e->tokenizer->byte_token[run[i]] : s[at].id;
-            if (id >= 0)
-                push(out, id);
+            if (id >= 0) push(out, id);
         }
 }
 
@@ -3030,8 +2909,7 @@ static void encode_section(Tokens *out, const Tokenizer *t, const uint8_t *text,
     for (size_t at = 0, end; at < n; at = end) {
         end = t->header.rule ? piece_end(&e, at) : n;
         uint64_t whole = t->header.flags & TAKES_WHOLE ? find_token(t, text + at, end - at) : 0;
-        if (whole)
-            push(out, (int)whole);
+        if (whole) push(out, (int)whole);
         for (size_t from = at; from < end && !whole; from = at) {
             for (at++; at < end && t->joined[text[at - 1] << 8 | text[at]]; at++) {}
             join_run(out, &e, text + from, at - from);
@@ -3057,8 +2935,7 @@ static size_t user_defined(int *id, const Tokenizer *t, const uint8_t *text, siz
 
 // Append the ids of any n bytes to out: no BOS, and no control tokens, whatever the text says.
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) {
-    if (n == 0)
-        return;
+    if (n == 0) return;
     Bytes spaced = {0};  // as the vocabulary spells it: a space in front, and U+2581 is one
     append(&spaced, " ", t->header.flags & DUMMY_PREFIX ? 1 : 0);
     for (size_t i = 0, taken; i < n; i += taken) {
@@ -3071,8 +2948,7 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
     for (size_t at = 0, length; at < spaced.n; at += length ? length : 1) {
         int id;
         length = user_defined(&id, t, p + at, spaced.n - at);
-        if (length == 0)
-            continue;
+        if (length == 0) continue;
         encode_section(out, t, p + from, at - from);
         push(out, id);
         from = at + length;
@@ -3148,27 +3024,23 @@ static int most_likely(const float *logits, int n) {
 static float peak_of(const float *x, int n) {
     f32v peaks = spread(-INFINITY);
     int whole = n / WIDTH * WIDTH;
-    for (int i = 0; i < whole; i += WIDTH)
-        peaks = greater_of(peaks, load_f32(x + i));
+    for (int i = 0; i < whole; i += WIDTH) peaks = greater_of(peaks, load_f32(x + i));
     float peak = greatest(peaks);
-    for (int i = whole; i < n; i++)
-        peak = x[i] > peak ? x[i] : peak;
+    for (int i = whole; i < n; i++) peak = x[i] > peak ? x[i] : peak;
     return peak;
 }
 
 // Logits, divided by the temperature, to probabilities. Returns the sum of e^(logit - peak).
 static float softmax(float *x, int n, float temperature) {
     f32v sum = spread(0);
-    for (int i = 0; i < n; i++)
-        x[i] /= temperature;
+    for (int i = 0; i < n; i++) x[i] /= temperature;
     f32v peak = spread(peak_of(x, n));
     for (int i = 0; i < n; i += WIDTH) {
         store_some(x + i, exponential(sub(load_some(x + i, n - i), peak)), n - i);
         sum = add(sum, load_some(x + i, n - i));
     }
     float total = join(sum);
-    for (int i = 0; i < n; i++)
-        x[i] /= total;
+    for (int i = 0; i < n; i++) x[i] /= total;
     return total;
 }
 
@@ -3188,28 +3060,24 @@ static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
     for (int i = 0; i < n; i++)
         if (p[i] >= cutoff)
             c[kept++] = (Candidate){p[i], i};
-    if (kept == 0)
-        c[kept++] = (Candidate){1, most_likely(p, n)};
+    if (kept == 0) c[kept++] = (Candidate){1, most_likely(p, n)};
     qsort(c, (size_t)kept, sizeof *c, by_probability);
     if (taste->top_k && taste->top_k < kept) {
         kept = taste->top_k, whole = 0;
-        for (int i = 0; i < kept; i++)
-            whole += c[i].p;
+        for (int i = 0; i < kept; i++) whole += c[i].p;
     }
     float sum = 0;
     for (int i = 0; nucleus && i < kept; i++)
         if ((sum += c[i].p) > taste->top_p * whole)
             kept = i + 1;
-    while (kept > 1 && c[kept - 1].p < taste->min_p * c[0].p)
-        kept--;
+    while (kept > 1 && c[kept - 1].p < taste->min_p * c[0].p) kept--;
     return kept;
 }
 
 // Tokens of the text become less likely, each once: positive logits divided, negative ones
 // multiplied. `old` (vocab) has room for the logits before.
 static void penalize(float *logits, Candidate *old, const Tokens *text, float penalty) {
-    for (size_t i = 0; i < text->n; i++)
-        old[text->at[i]].p = logits[text->at[i]];
+    for (size_t i = 0; i < text->n; i++) old[text->at[i]].p = logits[text->at[i]];
     for (size_t i = 0; i < text->n; i++) {
         float before = old[text->at[i]].p;
         logits[text->at[i]] = before > 0 ? before / penalty : before * penalty;
@@ -3219,10 +3087,8 @@ static void penalize(float *logits, Candidate *old, const Tokens *text, float pe
 // The next token; the logits are used up. `text` is what the penalty looks back on.
 static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candidate *candidates,
                 const Tokens *text) {
-    if (taste->penalty != 1)
-        penalize(logits, candidates, text, taste->penalty);
-    if (taste->temperature == 0)
-        return most_likely(logits, n);
+    if (taste->penalty != 1) penalize(logits, candidates, text, taste->penalty);
+    if (taste->temperature == 0) return most_likely(logits, n);
     softmax(logits, n, taste->temperature);
     float chance = random_float(state), sum = 0;
     bool whole = !taste->top_k && taste->min_p <= 0 && (taste->top_p <= 0 || taste->top_p >= 1);
@@ -3233,8 +3099,7 @@ static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candi
         return n - 1;
     }
     int kept = shortlist(candidates, logits, n, taste);
-    for (int i = 0; i < kept; i++)
-        sum += candidates[i].p;
+    for (int i = 0; i < kept; i++) sum += candidates[i].p;
     float reach = chance * sum;
     sum = 0;
     for (int i = 0; i < kept; i++)
@@ -3332,11 +3197,9 @@ static void disarm(Bytes *b) {
 
 // Write what is ready, and send it off so that it is seen at once.
 static void show_ready(Session *s, Text *text) {
-    if (s->out_is_terminal)
-        disarm(&text->ready);
+    if (s->out_is_terminal) disarm(&text->ready);
     write_bytes(&s->out, text->ready.at, text->ready.n);
-    if (text->ready.n && fflush(s->out.file) != 0)
-        fail_output(&s->out);
+    if (text->ready.n && fflush(s->out.file) != 0) fail_output(&s->out);
     text->ready.n = 0;
 }
 
@@ -3344,8 +3207,7 @@ static void show_ready(Session *s, Text *text) {
 static bool extend(Session *s, Text *text, float *scores) {
     int id = pick(scores, s->model.config.vocab_size, &s->taste, &text->random, s->candidates,
                   &text->ids);
-    if (ends_text(&s->tokenizer, id))
-        return false;
+    if (ends_text(&s->tokenizer, id)) return false;
     push(&text->ids, id);
     decode(&text->ready, &text->decoder, id);
     text->made++;
@@ -3356,15 +3218,11 @@ static bool extend(Session *s, Text *text, float *scores) {
 // are those of a catch_up().
 static Stop reply(Session *s, Text *text, float *scores, int64_t limit) {
     for (text->made = 0; text->made < limit; scores = catch_up(s, text)) {
-        if (interrupt_waits())
-            return INTERRUPTED;
-        if (!extend(s, text, scores))
-            return ENDED;
+        if (interrupt_waits()) return INTERRUPTED;
+        if (!extend(s, text, scores)) return ENDED;
         show_ready(s, text);
-        if (text->made == limit)
-            break;
-        if ((int)text->ids.n > s->state.context)
-            return CONTEXT_FULL;
+        if (text->made == limit) break;
+        if ((int)text->ids.n > s->state.context) return CONTEXT_FULL;
     }
     return REACHED_LIMIT;
 }
@@ -3379,8 +3237,7 @@ static char *find_tokenizer(const char *model) {
     snprintf(path, room, "%.*s.tokenizer.bin", stem, model);
     if (access(path, F_OK) != 0)
         snprintf(path, room, "%.*stokenizer.bin", (int)(name - model), model);
-    if (access(path, F_OK) != 0)
-        snprintf(path, room, "tokenizer.bin");
+    if (access(path, F_OK) != 0) snprintf(path, room, "tokenizer.bin");
     if (access(path, F_OK) != 0)
         die("no tokenizer: neither beside %s nor in this folder; -z names one", model);
     return path;
@@ -3428,11 +3285,9 @@ static void need_state(Session *s, int64_t most_tokens, int n_slots, int logit_r
 }
 
 static void close_session(Session *s) {
-    if (s->state.arena.at)
-        close_state(&s->state);
+    if (s->state.arena.at) close_state(&s->state);
     stop_pool(&s->pool);
-    if (s->tokenizer_path)
-        close_tokenizer(&s->tokenizer);
+    if (s->tokenizer_path) close_tokenizer(&s->tokenizer);
     free(s->tokenizer_path);
     free(s->candidates);
     close_model(&s->model);
@@ -3475,8 +3330,7 @@ static void run_generate(Session *s) {
     need_state(s, given + o->steps, 1, 1);
     if (given > s->state.context)
         die("the prompt has %d tokens, the context %d", given, s->state.context);
-    for (int i = 0; i < given; i++)
-        decode(&text.ready, &text.decoder, text.ids.at[i]);
+    for (int i = 0; i < given; i++) decode(&text.ready, &text.decoder, text.ids.at[i]);
     say_seed(s);
     double start = seconds();
     float *scores = catch_up(s, &text);
@@ -3520,8 +3374,7 @@ static const struct Format *format_of(const Session *s) {
     for (int i = 1; name && i < COUNT(formats); i++)
         if (strcmp(name, formats[i].name) == 0)
             return &formats[i];
-    if (name)
-        die("-x wants llama2, llama3, chatml, mistral, mistral3 or zephyr, not '%s'", name);
+    if (name) die("-x wants llama2, llama3, chatml, mistral, mistral3 or zephyr, not '%s'", name);
     if (number == 0 || number >= COUNT(formats))
         die("%s names no chat format; -x does", s->tokenizer_path);
     bool own = strcmp(formats[number].name, "mistral") == 0
@@ -3540,8 +3393,7 @@ static void feed_template(Session *s, Text *text, const char *template, Bytes me
             append(&run, insert->at, insert->n);
         else if (!close)
             append(&run, p, 1);
-        if (!close && p[1])
-            continue;
+        if (!close && p[1]) continue;
         encode(&text->ids, &s->tokenizer, run.at, run.n);
         run.n = 0;
         if (close) {
@@ -3558,10 +3410,8 @@ static void feed_template(Session *s, Text *text, const char *template, Bytes me
 }
 
 static Bytes stripped(Bytes b, bool at_begin) {
-    while (b.n && isspace((unsigned char)b.at[b.n - 1]))
-        b.n--;
-    while (b.n && at_begin && isspace((unsigned char)*b.at))
-        b.at++, b.n--;
+    while (b.n && isspace((unsigned char)b.at[b.n - 1])) b.n--;
+    while (b.n && at_begin && isspace((unsigned char)*b.at)) b.at++, b.n--;
     return b;
 }
 
@@ -3579,8 +3429,7 @@ static void feed_turn(Session *s, Text *text, const struct Format *f, Bytes mess
 
 static void show_fed(const Text *text, size_t from) {
     fputs("fed", stderr);
-    for (size_t i = from; i < text->ids.n; i++)
-        fprintf(stderr, " %d", text->ids.at[i]);
+    for (size_t i = from; i < text->ids.n; i++) fprintf(stderr, " %d", text->ids.at[i]);
     fputc('\n', stderr);
 }
 
@@ -3594,8 +3443,7 @@ static void talk(Session *s, Text *text, const struct Format *f, Bytes message) 
         text->ids.n = 0, text->pos = 0, before = 0;
         feed_turn(s, text, f, message);
     }
-    if (s->options->verbose)
-        show_fed(text, before);
+    if (s->options->verbose) show_fed(text, before);
     if ((int)text->ids.n > s->state.context) {
         fprintf(stderr, "the message has %zu tokens, the context %d\n", text->ids.n,
                 s->state.context);
@@ -3605,8 +3453,7 @@ static void talk(Session *s, Text *text, const struct Format *f, Bytes message) 
     text->decoder = (Decoder){.tokenizer = &s->tokenizer};
     hold_interrupt(true);
     Stop stop = reply(s, text, catch_up(s, text), s->options->steps);
-    if (stop == INTERRUPTED)
-        take_interrupt();
+    if (stop == INTERRUPTED) take_interrupt();
     hold_interrupt(false);
     end_line(s, text);
     if (stop == CONTEXT_FULL) {
@@ -3628,18 +3475,13 @@ static void run_chat(Session *s) {
     if (s->options->prompt)
         talk(s, &text, format, (Bytes){(char *)s->options->prompt, strlen(s->options->prompt), 0});
     for (;;) {
-        if (terminal)
-            fputs("> ", stderr);
+        if (terminal) fputs("> ", stderr);
         ssize_t n = getline(&line, &room, stdin);
-        if (n < 0)
-            break;
-        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r'))
-            n--;
-        if (n)
-            talk(s, &text, format, (Bytes){line, (size_t)n, 0});
+        if (n < 0) break;
+        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) n--;
+        if (n) talk(s, &text, format, (Bytes){line, (size_t)n, 0});
     }
-    if (terminal)
-        fputc('\n', stderr);
+    if (terminal) fputc('\n', stderr);
     free(line);
     free_text(&text);
 }
@@ -3677,11 +3519,9 @@ static void score_text(Session *s, Judge *judge, void *sums) {
     const TokenizerHeader *h = &s->tokenizer.header;
     bool bos = h->bos >= 0 && h->flags & ADDS_BOS;
     encode(&ids, &s->tokenizer, words.at, words.n);
-    if (ids.n < 2)
-        die("the text has %zu tokens, too few to score", ids.n);
+    if (ids.n < 2) die("the text has %zu tokens, too few to score", ids.n);
     need_state(s, (int64_t)ids.n + bos, 1, ROWS);
-    if (s->state.context < 2)
-        die("a context of 1 token has no room for one to score");
+    if (s->state.context < 2) die("a context of 1 token has no room for one to score");
     Progress progress = start_progress("scoring");
     for (size_t at = 0, n; at < ids.n; at += n - bos) {
         n = bos + (size_t)least(s->state.context - bos, (int)(ids.n - at));
@@ -3806,8 +3646,7 @@ static void write_results(Session *s, Queue *q) {
         write_bytes(&s->out, q->results[q->written].at, q->results[q->written].n);
         free(q->results[q->written].at);
     }
-    if (fflush(s->out.file) != 0)
-        fail_output(&s->out);
+    if (fflush(s->out.file) != 0) fail_output(&s->out);
 }
 
 // One more token for a task, from the logits before it; the task is finished when that was its
@@ -3872,8 +3711,7 @@ static void run_batch(Session *s) {
     const char *path = s->options->batch ? s->options->batch : "-";
     int width = s->options->width ? (int)s->options->width : 8;
     Queue q = {.in = strcmp(path, "-") == 0 ? stdin : fopen(path, "r")};
-    if (!q.in)
-        die("%s: %s", path, strerror(errno));
+    if (!q.in) die("%s: %s", path, strerror(errno));
     need_tokenizer(s);
     need_state(s, INT64_MAX, width, width);
     say_seed(s);
@@ -3882,8 +3720,7 @@ static void run_batch(Session *s) {
     for (bool more = true, busy = true; busy;) {
         busy = false;
         for (int i = 0; i < width; i++) {
-            while (more && tasks[i].line == 0)
-                more = start_task(s, &q, &tasks[i], i);
+            while (more && tasks[i].line == 0) more = start_task(s, &q, &tasks[i], i);
             busy |= tasks[i].line != 0;
             made += tasks[i].line != 0;
         }
@@ -3891,8 +3728,7 @@ static void run_batch(Session *s) {
         write_results(s, &q);
     }
     say_speed("generated", made, seconds() - begin);
-    if (q.in != stdin)
-        fclose(q.in);
+    if (q.in != stdin) fclose(q.in);
     free(q.results);
     free(tasks);
 }
@@ -3911,8 +3747,7 @@ static Tokens read_ids(const char *path, int vocab_size) {
                 least(20, (int)strcspn(p, " \t\r\n")), p, p - b.at, vocab_size - 1);
         push(&ids, (int)id);
     }
-    if (ids.n == 0)
-        die("%s: no token ids", name);
+    if (ids.n == 0) die("%s: no token ids", name);
     free(b.at);
     return ids;
 }
@@ -3926,8 +3761,7 @@ static void run_logits(Session *s) {
     if (ids.n > (size_t)s->state.context)
         die("there are %zu tokens, the context is %d", ids.n, s->state.context);
     Step *steps = NEW(Step, ids.n);
-    for (size_t i = 0; i < ids.n; i++)
-        steps[i] = (Step){ids.at[i], 0, (int)i};
+    for (size_t i = 0; i < ids.n; i++) steps[i] = (Step){ids.at[i], 0, (int)i};
     Progress progress = start_progress("logits");
     int batch = s->options->width ? least(s->state.batch, (int)s->options->width) : s->state.batch;
     for (int at = 0, n; at < (int)ids.n; at += n) {
@@ -3985,8 +3819,7 @@ static void run_info(Session *s) {
     const TokenizerHeader *t = &s->tokenizer.header;
     fprintf(out, "tokenizer %s\nkind %s\ntokens %u\nbos %d\n", s->tokenizer_path,
             t->kind == SENTENCEPIECE ? "SentencePiece" : "byte-level", t->n_tokens, t->bos);
-    for (uint32_t i = 0; i < t->n_ends; i++)
-        fprintf(out, "end %d\n", t->ends[i]);
+    for (uint32_t i = 0; i < t->n_ends; i++) fprintf(out, "end %d\n", t->ends[i]);
 }
 
 // Writing the model in another type, panel by panel.
@@ -4010,10 +3843,8 @@ static void pack_panels(void *job, int thread, int first, int end) {
         for (int r = 0; r < PANEL; r++) {
             int row = (p->first + i) * PANEL + r;
             memset(x, 0, wide * sizeof *x);
-            if (row < w->rows)
-                unpack_row(x, w, row);
-            for (int j = 0; j < w->cols; j++)
-                p->power[i] += (double)x[j] * (double)x[j];
+            if (row < w->rows) unpack_row(x, w, row);
+            for (int j = 0; j < w->cols; j++) p->power[i] += (double)x[j] * (double)x[j];
             p->error[i] += pack_row(p->panels + (size_t)i * bytes, p->type, r, x, w->cols);
         }
     }
@@ -4033,8 +3864,7 @@ static void write_packed(Session *s, const Tensor *w, Type type, const char *nam
     for (p.first = 0; p.first < panels; p.first += AT_ONCE) {
         int n = least(AT_ONCE, panels - p.first);
         parallel(&s->pool, n, pack_panels, &p);
-        for (int i = 0; i < n; i++)
-            sums[0] += error[i], sums[1] += power[i];
+        for (int i = 0; i < n; i++) sums[0] += error[i], sums[1] += power[i];
         if (!(sums[0] < INFINITY && sums[1] < INFINITY))
             die("%s: %s holds weights that are infinite, not numbers or too large for %s",
                 s->model.file.path, name, type_names[type]);
@@ -4050,8 +3880,7 @@ static uint64_t write_tensor(Session *s, SlotId id, int layer, Type type, uint64
                              Progress *progress) {
     static const uint8_t zeros[LINE] = {0};
     const Tensor *w = tensor_at(&s->model, id, layer);
-    if (!has_slot(&s->model.config, id))
-        return at;
+    if (!has_slot(&s->model.config, id)) return at;
     Tensor packed = {slots[id].rows == ONE ? F32 : type, w->rows, w->cols, NULL};
     uint64_t begin = round_up(at, LINE);
     write_bytes(&s->out, zeros, begin - at);
@@ -4068,10 +3897,8 @@ static void run_quantize(Session *s) {
     if (!o->output || !o->type)
         die("-m quantize wants -q q8 or -q q4, and -o for the file to write");
     Type type = strcmp(o->type, "q8") == 0 ? Q8 : Q4;
-    if (strcmp(o->type, type_names[type]) != 0)
-        die("-q wants q8 or q4, not '%s'", o->type);
-    if (c.type == Q4)
-        die("%s: q4 is not quantized again", o->model);
+    if (strcmp(o->type, type_names[type]) != 0) die("-q wants q8 or q4, not '%s'", o->type);
+    if (c.type == Q4) die("%s: q4 is not quantized again", o->model);
     c.type = type;
     double sums[SLOTS][2] = {0};
     uint8_t header[HEADER];
@@ -4087,8 +3914,7 @@ static void run_quantize(Session *s) {
     at = write_tensor(s, CLASSIFIER, 0, type, at, sums[CLASSIFIER], &progress);
     end_progress(&progress);
     make_header(header, &c, at);
-    if (fseek(s->out.file, 0, SEEK_SET) != 0)
-        fail_output(&s->out);
+    if (fseek(s->out.file, 0, SEEK_SET) != 0) fail_output(&s->out);
     write_bytes(&s->out, header, HEADER);
     for (SlotId i = 0; i < SLOTS && o->verbose; i++)
         if (sums[i][1] > 0)
@@ -4204,8 +4030,7 @@ static double token_products(const Model *m, double *bytes) {
     *bytes = 0;
     for (SlotId i = 0; i < SLOTS; i++) {
         Tensor w = blank_tensor(c, i);
-        if (!has_slot(c, i) || (i == EMBEDDING && !(c->flags & TIED)))
-            continue;
+        if (!has_slot(c, i) || (i == EMBEDDING && !(c->flags & TIED))) continue;
         double layers = slots[i].per_layer ? c->n_layers : 1;
         *bytes += layers * (double)tensor_bytes(&w);
         sum += slots[i].per_layer && slots[i].rows != ONE ? layers * w.rows * w.cols : 0;
@@ -4241,8 +4066,7 @@ static void run_bench(Session *s) {
     say(s, "decode", speed, "tokens/s");
     say(s, "decode-share", 100 * speed * bytes / read, "%");
     if (depth > 0) {
-        if (depth > prompt)
-            run_steps(s, prompt, depth - prompt, s->state.batch);
+        if (depth > prompt) run_steps(s, prompt, depth - prompt, s->state.batch);
         double deep = speed_of(s, depth, decoded, 1);
         say(s, "depth", depth, "tokens");
         say(s, "decode-deep", deep, "tokens/s");
@@ -4355,15 +4179,13 @@ static void parse_option(Options *o, int argc, char **argv, int *i) {
     for (int j = 0; j < COUNT(options); j++)
         if (letter[0] == options[j].letter && letter[1] == '\0')
             option = &options[j];
-    if (!option)
-        misuse("unknown option '%s'", argv[*i]);
+    if (!option) misuse("unknown option '%s'", argv[*i]);
     void *at = (char *)o + option->at;
     if (option->kind == SWITCH) {
         *(bool *)at = true;
         return;
     }
-    if (++*i == argc)
-        misuse("-%c wants a value", option->letter);
+    if (++*i == argc) misuse("-%c wants a value", option->letter);
     if (option->kind == TEXT)
         *(const char **)at = argv[*i];
     else
@@ -4386,10 +4208,8 @@ static Options parse_options(int argc, char **argv) {
             o.model = argv[i];
         }
     }
-    if (!o.model)
-        misuse("no model");
-    if (o.batch)
-        o.mode = "batch";
+    if (!o.model) misuse("no model");
+    if (o.batch) o.mode = "batch";
     return o;
 }
 
