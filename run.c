@@ -7,20 +7,9 @@
  * A checkpoint is mapped into memory and never copied; a prompt goes through in batches; text
  * leaves through a BPE tokenizer as soon as it is a whole character. `./run -h` lists options.
  *
- * Rooms, in reading order:
- *    1. Foundation       failing, allocating, files, output, time
- *    2. The model        what a Llama is made of, and the one list of its tensors
- *    3. The checkpoint   from bytes that cannot be trusted to a Model that can
- *    4. Threads          one verb: parallel
- *    5. Vectors          sixteen lanes, one fixed order of sums, on every machine
- *    6. Weights          the types, quantizing, and the one matmul
- *    7. Attention        the cache of keys and values, and what queries make of it
- *    8. The transformer  forward: tokens become hidden states; logits: hidden states become scores
- *    9. The tokenizer    text to tokens and back
- *   10. The sampler      logits to one token
- *   11. A session        feed and reply, the two verbs of every text mode
- *   12. The modes        each a main() of its own
- *   13. The command line one table of options
+ * Rooms, in reading order: 1 foundation, 2 the model, 3 the checkpoint, 4 threads, 5 vectors,
+ * 6 weights (matmul), 7 attention, 8 the transformer (forward, logits), 9 the tokenizer,
+ * 10 the sampler (pick), 11 a session (feed, reply), 12 the modes, 13 the command line.
  *
  * Letters: n tokens at once, t one of them, l a layer, h a head. A comment such as (n, dim) is a
  * shape, the last extent lying together in memory.
@@ -30,7 +19,6 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
@@ -57,7 +45,6 @@
 #elif defined __aarch64__
 #include <arm_neon.h>
 #endif
-
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "checkpoints are little-endian and used in place"
 #endif
@@ -66,6 +53,7 @@
 // 1. Foundation: failing, allocating, files, output, time
 
 #define VERSION "1.0"
+#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 #define INLINE static inline __attribute__((always_inline))
 #if defined __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -74,81 +62,51 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #define UNROLL_OUTER UNROLL
 #endif
-#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
 enum { FAILED = 1, MISUSED = 2 };  // exit statuses; 0 is success
 
 // Print "run: ..." as one line and exit. For what the user can mend: paths, files, options. Names
 // and text from files may hold anything, so control characters are not passed on to a terminal.
-static void complain(const char *format, va_list args) {
+__attribute__((noreturn, format(printf, 2, 3)))
+static void quit(int status, const char *format, ...) {
     char line[2048];
-    fflush(stdout);
-    vsnprintf(line, sizeof line, format, args);
-    for (char *c = line; *c; c++) *c = iscntrl((unsigned char)*c) ? '?' : *c;
-    fprintf(stderr, "run: %s\n", line);
-}
-
-__attribute__((noreturn, format(printf, 1, 2)))
-static void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    complain(format, args);
-    exit(FAILED);
+    vsnprintf(line, sizeof line, format, args);
+    for (char *c = line; *c; c++) *c = iscntrl((unsigned char)*c) ? '?' : *c;
+    fflush(stdout);
+    fprintf(stderr, "run: %s\n", line);
+    exit(status);
 }
+#define die(...) quit(FAILED, __VA_ARGS__)
+#define misuse(...) quit(MISUSED, __VA_ARGS__)
 
 static int least(int a, int b) { return a < b ? a : b; }
 static int most(int a, int b) { return a > b ? a : b; }
-
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
-// n zeroed elements, for free(); dies rather than return NULL, so no caller checks.
-static void *new_array(size_t n, size_t size) {
-    void *p = calloc(n + !n, size);
+static void *checked(void *p, size_t n, size_t size) {
     if (!p) die("no memory for %zu times %zu bytes", n, size);
     return p;
 }
+
+// n zeroed elements, for free(); dies rather than return NULL, so no caller checks.
+static void *new_array(size_t n, size_t size) { return checked(calloc(n + !n, size), n, size); }
 #define NEW(type, n) ((type *)new_array((n), sizeof(type)))
 
 // Room for at least n elements behind *array, growing by doubling; the elements may move.
 static void grow(void **array, size_t *room, size_t n, size_t size) {
     if (n <= *room) return;
-    size_t wanted = n > 2 * *room ? n : 2 * *room;
-    void *p = wanted <= SIZE_MAX / size ? realloc(*array, wanted * size) : NULL;
-    if (!p) die("no memory for %zu times %zu bytes", wanted, size);
-    *array = p, *room = wanted;
+    *room = n > 2 * *room ? n : 2 * *room;
+    *array = checked(realloc(*array, *room * size), *room, size);
 }
-
-// Many arrays of one lifetime, dealt out from one block that the system fills with zeros page by
-// page as it is touched. A first round with `at` NULL only adds up the size.
-typedef struct {
-    char *at;
-    size_t used, size;
-} Arena;
-
-static void *deal(Arena *a, size_t n, size_t size) {
-    size_t bytes = n <= SIZE_MAX / 4 / size ? round_up(n * size, 64) : SIZE_MAX / 4;
-    void *p = a->at ? a->at + a->used : NULL;
-    a->used = a->used < SIZE_MAX / 4 ? a->used + bytes : SIZE_MAX / 4;
-    return p;
-}
-#define DEAL(arena, type, n) ((type *)deal((arena), (n), sizeof(type)))
-
-// The block for what a first round added up. `advice` says what would make it smaller.
-static Arena open_arena(size_t size, const char *advice) {
-    void *at = mmap(NULL, size + !size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-    if (at == MAP_FAILED) die("no memory: %.0f MB wanted; %s", (double)size / 1e6, advice);
-    return (Arena){at, 0, size};
-}
-
-static void close_arena(Arena *a) { munmap(a->at, a->size + !a->size); }
 
 typedef struct { char *at; size_t n, room; } Bytes;  // text that grows; not a C string
 typedef struct { int *at; size_t n, room; } Tokens;  // ids that grow
 
 static void append(Bytes *b, const char *text, size_t n) {
-    if (n == 0) return;
     grow((void **)&b->at, &b->room, b->n + n, 1);
-    memcpy(b->at + b->n, text, n);
+    if (n) memcpy(b->at + b->n, text, n);
     b->n += n;
 }
 
@@ -157,12 +115,29 @@ static void push(Tokens *t, int id) {
     t->at[t->n++] = id;
 }
 
-// A file mapped read-only.
-typedef struct {
-    const char *path;
-    const uint8_t *at;
-    size_t size;
-} File;
+// Many arrays of one lifetime, dealt out from one block that the system fills with zeros page by
+// page as it is touched. A first round with `at` NULL only adds up the size, to SIZE_MAX / 4 or
+// more where it is too much.
+typedef struct { char *at; size_t used, size; } Arena;
+
+static void *deal(Arena *a, size_t n, size_t size) {
+    const size_t limit = SIZE_MAX / 4;
+    void *p = a->at ? a->at + a->used : NULL;
+    a->used = a->used < limit && n <= limit / size ? a->used + round_up(n * size, 64) : limit;
+    return p;
+}
+#define DEAL(arena, type, n) ((type *)deal((arena), (n), sizeof(type)))
+
+// The block for what a first round added up. `advice` says what would make it smaller.
+static Arena open_arena(size_t size, const char *advice) {
+    void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (at == MAP_FAILED) die("no memory: %.0f MB wanted; %s", (double)size / 1e6, advice);
+    return (Arena){at, 0, size};
+}
+
+static void close_arena(Arena *a) { munmap(a->at, a->size); }
+
+typedef struct { const char *path; const uint8_t *at; size_t size; } File;  // mapped read-only
 
 static File open_file(const char *path) {
     struct stat st;
@@ -179,70 +154,54 @@ static File open_file(const char *path) {
 static void close_file(const File *f) { munmap((void *)(uintptr_t)f->at, f->size); }
 
 static uint32_t read_u32(const void *p) { uint32_t v; memcpy(&v, p, sizeof v); return v; }
-static uint64_t read_u64(const void *p) { uint64_t v; memcpy(&v, p, sizeof v); return v; }
 static float    read_f32(const void *p) { float v;    memcpy(&v, p, sizeof v); return v; }
 
-// All bytes of a stream.
-static Bytes read_all(FILE *in, const char *name) {
+// All of a file, or of standard input for "-".
+static Bytes read_text(const char *path) {
+    FILE *in = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
     Bytes b = {0};
     char part[1 << 16];
-    for (size_t n; (n = fread(part, 1, sizeof part, in)) > 0;) append(&b, part, n);
-    if (ferror(in)) die("%s: %s", name, strerror(errno));
-    return b;
-}
-
-// Text of a file, or of standard input for "-".
-static Bytes read_text(const char *path) {
-    if (strcmp(path, "-") == 0) return read_all(stdin, "standard input");
-    FILE *in = fopen(path, "rb");
     if (!in) die("%s: %s", path, strerror(errno));
-    Bytes b = read_all(in, path);
-    fclose(in);
+    for (size_t n; (n = fread(part, 1, sizeof part, in)) > 0;) append(&b, part, n);
+    if (ferror(in)) die("%s: %s", path, strerror(errno));
+    if (in != stdin) fclose(in);
     return b;
 }
 
 // Where results go: standard output, or a file that takes its name only when it is complete. On
-// Linux it has none before, so whatever ends the program leaves nothing behind; elsewhere it is
-// PATH.part.
+// Linux it has none before, so whatever ends the program leaves nothing behind.
 typedef struct {
     FILE *file;
-    const char *path;  // NULL for standard output
-    char *beside;      // the name before it is renamed; NULL for what cannot be (a device, a pipe)
-    bool nameless;
+    const char *path;
+    char *part;  // PATH.part, its name before that; NULL: it keeps the one it has
 } Output;
 
 __attribute__((noreturn))
 static void fail_output(const Output *o) {
     int reason = errno;
-    if (o->beside && !o->nameless) unlink(o->beside);
-    die("%s: cannot be written: %s", o->path ? o->path : "standard output", strerror(reason));
+    if (o->part) unlink(o->part);
+    die("%s: cannot be written: %s", o->path, strerror(reason));
 }
 
-static int open_nameless(const char *path) {
-#if defined O_TMPFILE
-    const char *slash = strrchr(path, '/');
-    char *folder = slash ? strndup(path, (size_t)(slash + 1 - path)) : strdup(".");
-    int fd = folder ? open(folder, O_TMPFILE | O_WRONLY, 0666) : -1;
-    free(folder);
-    return fd;
-#else
-    (void)path;
-    return -1;
+#ifndef O_TMPFILE
+#define O_TMPFILE O_DIRECTORY  // elsewhere: no folder can be opened to be written
 #endif
-}
 
 static Output open_output(const char *path) {
     struct stat st;
-    if (!path || strcmp(path, "-") == 0) return (Output){.file = stdout};
+    if (!path || strcmp(path, "-") == 0) return (Output){stdout, "standard output", NULL};
     Output o = {.path = path};
     int fd = -1;
-    if (stat(path, &st) != 0 || S_ISREG(st.st_mode)) {
-        o.beside = NEW(char, strlen(path) + sizeof ".part");
-        sprintf(o.beside, "%s.part", path);
-        fd = open_nameless(path);
-        o.nameless = fd >= 0;
+    if (stat(path, &st) != 0 || S_ISREG(st.st_mode)) {  // not a device or a pipe
+        size_t folder = strrchr(path, '/') ? (size_t)(strrchr(path, '/') + 1 - path) : 0;
+        size_t room = strlen(path) + sizeof ".part";
+        o.part = NEW(char, room);
+        snprintf(o.part, room, "%.*s.", (int)folder, path);
+        fd = open(o.part, O_TMPFILE | O_WRONLY, 0666);
+        snprintf(o.part, room, "%s.part", path);
+        unlink(o.part);
     }
-    o.file = fd >= 0 ? fdopen(fd, "wb") : fopen(o.beside ? o.beside : path, "wb");
+    o.file = fd >= 0 ? fdopen(fd, "wb") : fopen(o.part ? o.part : path, "wb");
     if (!o.file) fail_output(&o);
     return o;
 }
@@ -253,15 +212,14 @@ static void write_bytes(Output *o, const void *data, size_t n) {
 
 static void close_output(Output *o) {
     char link[64];
-    if (fflush(o->file) != 0 || ferror(o->file)) fail_output(o);
     snprintf(link, sizeof link, "/proc/self/fd/%d", fileno(o->file));
-    if (o->nameless) unlink(o->beside);
-    if (o->nameless && linkat(AT_FDCWD, link, AT_FDCWD, o->beside, AT_SYMLINK_FOLLOW) != 0)
+    if (fflush(o->file) != 0 || ferror(o->file)
+        || (o->part && linkat(AT_FDCWD, link, AT_FDCWD, o->part, AT_SYMLINK_FOLLOW) != 0
+            && access(o->part, F_OK) != 0)
+        || (o->file != stdout && fclose(o->file) != 0)
+        || (o->part && rename(o->part, o->path) != 0))
         fail_output(o);
-    o->nameless = false;
-    if ((o->path && fclose(o->file) != 0) || (o->beside && rename(o->beside, o->path) != 0))
-        fail_output(o);
-    free(o->beside);
+    free(o->part);
 }
 
 // Ctrl-C held back is asked for between steps, so that no handler is needed, and no variable that
@@ -279,11 +237,8 @@ static bool interrupt_waits(void) {
 }
 
 static void take_interrupt(void) {
-    sigset_t set;
-    int which;
-    sigemptyset(&set);
-    sigaddset(&set, SIGINT);
-    if (interrupt_waits()) sigwait(&set, &which);
+    signal(SIGINT, SIG_IGN);  // what is ignored does not wait
+    signal(SIGINT, SIG_DFL);
 }
 
 static double seconds(void) {
@@ -293,10 +248,7 @@ static double seconds(void) {
 }
 
 // How far a long job is, on a terminal, once it has lasted a second.
-typedef struct {
-    const char *what;
-    double start, shown;
-} Progress;
+typedef struct { const char *what; double start, shown; } Progress;
 
 static Progress start_progress(const char *what) { return (Progress){what, seconds(), 0}; }
 
@@ -304,12 +256,10 @@ static void show_progress(Progress *p, double done, double all) {
     double now = seconds();
     if (!isatty(STDERR_FILENO) || now - p->start < 1 || now - p->shown < 0.1) return;
     p->shown = now;
-    fprintf(stderr, "\r%s: %3.0f %% ", p->what, all > 0 ? 100 * done / all : 100);
+    fprintf(stderr, "\r%s: %3.0f %% ", p->what, 100 * done / all);
 }
 
-static void end_progress(const Progress *p) {
-    if (p->shown > 0) fprintf(stderr, "\r\033[K");
-}
+static void end_progress(const Progress *p) { if (p->shown > 0) fprintf(stderr, "\r\033[K"); }
 
 // ------------------------------------------------------------------------------------------------
 // 2. The model: what a Llama is made of
@@ -335,20 +285,17 @@ enum {
     ALL_FLAGS = 15
 };
 
+// Four bytes each, as in the header of a checkpoint (room 3).
 typedef struct {
-    Type type;       // of the matrices; norms and biases are f32
-    int dim;         // width of the residual stream
-    int hidden_dim;  // width inside the feed-forward block
+    Type type;                // of the matrices; norms and biases are f32
+    int dim, hidden_dim;      // width of the residual stream, and inside the feed-forward block
     int n_layers;
-    int n_heads;     // query heads
-    int n_kv_heads;  // n_heads / n_kv_heads query heads share one key and value head
-    int head_dim;
-    int vocab_size;
-    int max_seq_len;
-    int window;      // a token sees this many positions, itself included; 0: all
+    int n_heads, n_kv_heads;  // n_heads / n_kv_heads query heads share one key and value head
+    int head_dim, vocab_size, max_seq_len;
+    int window;               // a token sees this many positions, itself included; 0: all
     uint32_t flags;
     float norm_eps, rope_theta;
-    Scaling scaling; // of RoPE's frequencies
+    Scaling scaling;          // of RoPE's frequencies
     float factor, low_freq_factor, high_freq_factor;
     int original_context;
 } Config;
@@ -372,16 +319,8 @@ static int kv_dim(const Config *c) { return c->n_kv_heads * c->head_dim; }
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, HEAD_DIM, HIDDEN, VOCAB } Extent;
 
 static int extent(const Config *c, Extent e) {
-    switch (e) {
-    case ONE:      return 1;
-    case DIM:      return c->dim;
-    case Q_DIM:    return q_dim(c);
-    case KV_DIM:   return kv_dim(c);
-    case HEAD_DIM: return c->head_dim;
-    case HIDDEN:   return c->hidden_dim;
-    case VOCAB:    return c->vocab_size;
-    }
-    return 0;
+    return (const int[]){1, c->dim, q_dim(c), kv_dim(c), c->head_dim, c->hidden_dim,
+                         c->vocab_size}[e];
 }
 
 // Every tensor once, in the order of our file: loading, quantizing, counting and printing walk this
@@ -391,38 +330,36 @@ typedef enum {
     FINAL_NORM, CLASSIFIER, SLOTS
 } SlotId;
 
+#define OF_MODEL(field) false, offsetof(Model, field)
+#define OF_LAYER(field) true, offsetof(Layer, field)
 static const struct Slot {
     const char *name;
     bool per_layer;
     size_t at;          // in Layer or in Model
     Extent rows, cols;  // one row: a vector, always f32
+    uint32_t flag;      // a model has it only with this flag; TIED: only without
 } slots[SLOTS] = {
-    [EMBEDDING]      = {"embedding",      false, offsetof(Model, embedding),      VOCAB,  DIM},
-    [ATTENTION_NORM] = {"attention norm", true,  offsetof(Layer, attention_norm), ONE,    DIM},
-    [WQ]             = {"wq",             true,  offsetof(Layer, wq),             Q_DIM,  DIM},
-    [WK]             = {"wk",             true,  offsetof(Layer, wk),             KV_DIM, DIM},
-    [WV]             = {"wv",             true,  offsetof(Layer, wv),             KV_DIM, DIM},
-    [BQ]             = {"bq",             true,  offsetof(Layer, bq),             ONE,    Q_DIM},
-    [BK]             = {"bk",             true,  offsetof(Layer, bk),             ONE,    KV_DIM},
-    [BV]             = {"bv",             true,  offsetof(Layer, bv),             ONE,    KV_DIM},
-    [Q_NORM]         = {"q norm",         true,  offsetof(Layer, q_norm),         ONE,    HEAD_DIM},
-    [K_NORM]         = {"k norm",         true,  offsetof(Layer, k_norm),         ONE,    HEAD_DIM},
-    [WO]             = {"wo",             true,  offsetof(Layer, wo),             DIM,    Q_DIM},
-    [FFN_NORM]       = {"ffn norm",       true,  offsetof(Layer, ffn_norm),       ONE,    DIM},
-    [W1]             = {"w1",             true,  offsetof(Layer, w1),             HIDDEN, DIM},
-    [W3]             = {"w3",             true,  offsetof(Layer, w3),             HIDDEN, DIM},
-    [W2]             = {"w2",             true,  offsetof(Layer, w2),             DIM,    HIDDEN},
-    [FINAL_NORM]     = {"final norm",     false, offsetof(Model, final_norm),     ONE,    DIM},
-    [CLASSIFIER]     = {"classifier",     false, offsetof(Model, classifier),     VOCAB,  DIM},
+    [EMBEDDING]      = {"embedding",      OF_MODEL(embedding),      VOCAB,  DIM,      0},
+    [ATTENTION_NORM] = {"attention norm", OF_LAYER(attention_norm), ONE,    DIM,      0},
+    [WQ]             = {"wq",             OF_LAYER(wq),             Q_DIM,  DIM,      0},
+    [WK]             = {"wk",             OF_LAYER(wk),             KV_DIM, DIM,      0},
+    [WV]             = {"wv",             OF_LAYER(wv),             KV_DIM, DIM,      0},
+    [BQ]             = {"bq",             OF_LAYER(bq),             ONE,    Q_DIM,    BIASES},
+    [BK]             = {"bk",             OF_LAYER(bk),             ONE,    KV_DIM,   BIASES},
+    [BV]             = {"bv",             OF_LAYER(bv),             ONE,    KV_DIM,   BIASES},
+    [Q_NORM]         = {"q norm",         OF_LAYER(q_norm),         ONE,    HEAD_DIM, HEAD_NORMS},
+    [K_NORM]         = {"k norm",         OF_LAYER(k_norm),         ONE,    HEAD_DIM, HEAD_NORMS},
+    [WO]             = {"wo",             OF_LAYER(wo),             DIM,    Q_DIM,    0},
+    [FFN_NORM]       = {"ffn norm",       OF_LAYER(ffn_norm),       ONE,    DIM,      0},
+    [W1]             = {"w1",             OF_LAYER(w1),             HIDDEN, DIM,      0},
+    [W3]             = {"w3",             OF_LAYER(w3),             HIDDEN, DIM,      0},
+    [W2]             = {"w2",             OF_LAYER(w2),             DIM,    HIDDEN,   0},
+    [FINAL_NORM]     = {"final norm",     OF_MODEL(final_norm),     ONE,    DIM,      0},
+    [CLASSIFIER]     = {"classifier",     OF_MODEL(classifier),     VOCAB,  DIM,      TIED},
 };
 
 static bool has_slot(const Config *c, SlotId s) {
-    switch (s) {
-    case BQ: case BK: case BV:  return c->flags & BIASES;
-    case Q_NORM: case K_NORM:   return c->flags & HEAD_NORMS;
-    case CLASSIFIER:            return !(c->flags & TIED);
-    default:                    return true;
-    }
+    return ((c->flags ^ TIED) & slots[s].flag) == slots[s].flag;
 }
 
 static Tensor *tensor_at(Model *m, SlotId s, int layer) {
@@ -439,9 +376,11 @@ static Tensor blank_tensor(const Config *c, SlotId s) {
 // Quantized weights: GROUP columns share a scale, a LINE is 4 bytes of each of PANEL rows (room 6).
 enum { GROUP = 32, PANEL = 16, LINE = 64 };
 
+static bool is_quantized(Type type) { return type == Q8 || type == Q4; }
 static size_t group_count(int cols) { return round_up((size_t)cols, GROUP) / GROUP; }
 static size_t panel_count(int rows) { return round_up((size_t)rows, PANEL) / PANEL; }
 static size_t group_lines(Type type) { return type == Q8 ? 8 : 4; }
+static size_t row_bytes(Type type, int cols) { return (size_t)cols * (type == F32 ? 4 : 2); }
 
 // Bytes of the lines of a panel, after which its scales stand.
 static size_t line_bytes(Type type, int cols) {
@@ -452,10 +391,6 @@ static size_t panel_bytes(Type type, int cols) {
     return line_bytes(type, cols) + round_up(group_count(cols) * PANEL * 2, LINE);
 }
 
-static size_t row_bytes(Type type, int cols) { return (size_t)cols * (type == F32 ? 4 : 2); }
-
-static bool is_quantized(Type type) { return type == Q8 || type == Q4; }
-
 static size_t tensor_bytes(const Tensor *w) {
     return is_quantized(w->type) ? panel_count(w->rows) * panel_bytes(w->type, w->cols)
                                  : (size_t)w->rows * row_bytes(w->type, w->cols);
@@ -464,64 +399,70 @@ static size_t tensor_bytes(const Tensor *w) {
 // ------------------------------------------------------------------------------------------------
 // 3. The checkpoint: from bytes that cannot be trusted to a Model that can
 //
-// Ours: 256 bytes of header (below), then the tensors in the order of `slots`, layer by layer, each
-// on a 64-byte boundary. llama2.c's versions 0 and 1 hold f32 kind by kind for all layers,
-// unaligned.
+// Ours: a header, then the tensors in the order of `slots`, layer by layer, each on a 64-byte
+// boundary. llama2.c's versions 0 and 1 hold f32 kind by kind for all layers, unaligned.
 
-enum { HEADER = 256, SIZE_AT = 248, LLAMA2C_MAGIC = 0x616b3432 };
-static const char magic[8] = "LLAMA02";
+typedef struct {
+    char magic[8];
+    uint32_t version;
+    Config config;
+    uint8_t zero[164];
+    uint64_t size;  // of the file
+} Header;
 
-// Where the header holds the config, and the bounds of every number. Extents are bounded so that an
-// int counts the elements of a row, 2^20 items do a job (room 4), and no sum of sizes overflows.
+enum { HEADER = sizeof(Header), HEADER_0 = 28 };  // bytes; those of llama2.c's version 0
+static const char magic[8] = "LLAMA02", llama2c_magic[4] = "24ka";
+
+// The numbers of a Config in its order, and their bounds. Extents are bounded so that an int counts
+// the elements of a row, 2^20 items do a job (room 4), and no sum of sizes overflows.
 static const struct Field {
     const char *name;
-    size_t at, member;
     bool real;
     double least, most;
 } fields[] = {
-    {"type",             12, offsetof(Config, type),             false, 0, TYPES - 1},
-    {"dim",              16, offsetof(Config, dim),              false, 1, 1 << 20},
-    {"hidden_dim",       20, offsetof(Config, hidden_dim),       false, 1, 1 << 22},
-    {"n_layers",         24, offsetof(Config, n_layers),         false, 1, 1 << 14},
-    {"n_heads",          28, offsetof(Config, n_heads),          false, 1, 1 << 14},
-    {"n_kv_heads",       32, offsetof(Config, n_kv_heads),       false, 1, 1 << 14},
-    {"head_dim",         36, offsetof(Config, head_dim),         false, 1, 1 << 12},
-    {"vocab_size",       40, offsetof(Config, vocab_size),       false, 1, 1 << 23},
-    {"max_seq_len",      44, offsetof(Config, max_seq_len),      false, 1, 1 << 26},
-    {"sliding_window",   48, offsetof(Config, window),           false, 0, INT_MAX},
-    {"flags",            52, offsetof(Config, flags),            false, 0, ALL_FLAGS},
-    {"norm_eps",         56, offsetof(Config, norm_eps),         true,  0, 1},
-    {"rope_theta",       60, offsetof(Config, rope_theta),       true,  1e-9, FLT_MAX},
-    {"rope_scaling",     64, offsetof(Config, scaling),          false, 0, SCALINGS - 1},
-    {"factor",           68, offsetof(Config, factor),           true,  0, FLT_MAX},
-    {"low_freq_factor",  72, offsetof(Config, low_freq_factor),  true,  0, FLT_MAX},
-    {"high_freq_factor", 76, offsetof(Config, high_freq_factor), true,  0, FLT_MAX},
-    {"original_context", 80, offsetof(Config, original_context), false, 0, 1 << 26},
+    {"type",             false, 0, TYPES - 1},
+    {"dim",              false, 1, 1 << 20},
+    {"hidden_dim",       false, 1, 1 << 22},
+    {"n_layers",         false, 1, 1 << 14},
+    {"n_heads",          false, 1, 1 << 14},
+    {"n_kv_heads",       false, 1, 1 << 14},
+    {"head_dim",         false, 1, 1 << 12},
+    {"vocab_size",       false, 1, 1 << 23},
+    {"max_seq_len",      false, 1, 1 << 26},
+    {"sliding_window",   false, 0, INT_MAX},
+    {"flags",            false, 0, ALL_FLAGS},
+    {"norm_eps",         true,  0, 1},
+    {"rope_theta",       true,  1e-9, 3.4e38},
+    {"rope_scaling",     false, 0, SCALINGS - 1},
+    {"factor",           true,  0, 3.4e38},
+    {"low_freq_factor",  true,  0, 3.4e38},
+    {"high_freq_factor", true,  0, 3.4e38},
+    {"original_context", false, 0, 1 << 26},
 };
-enum { FIELDS_END = 84 };
+_Static_assert(sizeof(Config) == 4 * COUNT(fields), "each number of a Config has a row");
 
 static double field_value(const Config *c, const struct Field *f) {
-    const char *at = (const char *)c + f->member;
+    const char *at = (const char *)c + 4 * (f - fields);
     return f->real ? (double)read_f32(at) : (double)(int32_t)read_u32(at);
 }
 
-static void check_config(const Config *c, const char *path) {
-    for (int i = 0; i < COUNT(fields); i++) {
-        double v = field_value(c, &fields[i]);
-        if (!(v >= fields[i].least && v <= fields[i].most))
-            die("%s: %s is %.10g, not in %.10g to %.10g", path, fields[i].name, v,
-                fields[i].least, fields[i].most);
-    }
+static void check_config(const Model *m) {
+    const Config *c = &m->config;
+    const char *path = m->file.path;
+    for (const struct Field *f = fields; f < fields + COUNT(fields); f++)
+        if (!(field_value(c, f) >= f->least && field_value(c, f) <= f->most))
+            die("%s: not a checkpoint: as %s, its %s is %.10g, not %.10g to %.10g", path, m->form,
+                f->name, field_value(c, f), f->least, f->most);
     if (c->n_heads % c->n_kv_heads)
         die("%s: n_heads %d is no multiple of n_kv_heads %d", path, c->n_heads, c->n_kv_heads);
     if (c->head_dim % 2) die("%s: head_dim %d is odd, but RoPE turns pairs", path, c->head_dim);
     if (q_dim(c) > 1 << 22)
         die("%s: n_heads %d times head_dim %d is above %d", path, c->n_heads, c->head_dim, 1 << 22);
-    if (c->scaling != NO_SCALING && !(c->factor > 0))
-        die("%s: factor of RoPE scaling is %g, not above 0", path, (double)c->factor);
-    if (c->scaling == LLAMA3 && !(c->low_freq_factor < c->high_freq_factor && c->original_context))
-        die("%s: RoPE scaling has low_freq_factor %g, high_freq_factor %g, original_context %d",
-            path, (double)c->low_freq_factor, (double)c->high_freq_factor, c->original_context);
+    bool ramp = c->low_freq_factor < c->high_freq_factor && c->original_context;
+    if (c->scaling && !(c->factor > 0 && (c->scaling == LINEAR || ramp)))
+        die("%s: RoPE scaling has factor %g, low_freq_factor %g, high_freq_factor %g and "
+            "original_context %d", path, (double)c->factor, (double)c->low_freq_factor,
+            (double)c->high_freq_factor, c->original_context);
 }
 
 static bool all_zero(const uint8_t *p, size_t n) {
@@ -529,174 +470,113 @@ static bool all_zero(const uint8_t *p, size_t n) {
     return n == 0;
 }
 
-// The header of our format; the README has it as a table.
 static Config read_config(const File *f) {
-    Config c;
-    if (f->size < HEADER)
-        die("%s: %zu bytes are less than the %d of a header", f->path, f->size, HEADER);
-    if (read_u32(f->at + 8) != 1) die("%s: version is %u, wanted 1", f->path, read_u32(f->at + 8));
-    if (!all_zero(f->at + FIELDS_END, SIZE_AT - FIELDS_END))
-        die("%s: bytes %d to %d of the header are not zero", f->path, FIELDS_END, SIZE_AT - 1);
-    if (read_u64(f->at + SIZE_AT) != f->size)
+    Header h;
+    memcpy(&h, f->at, HEADER);
+    if (!all_zero(h.zero, sizeof h.zero))
+        die("%s: the bytes before the size in its header are not zero", f->path);
+    if (h.size != f->size)
         die("%s: the file has %zu bytes, its header says %llu", f->path, f->size,
-            (unsigned long long)read_u64(f->at + SIZE_AT));
-    for (int i = 0; i < COUNT(fields); i++)
-        memcpy((char *)&c + fields[i].member, f->at + fields[i].at, 4);
-    return c;
+            (unsigned long long)h.size);
+    return h.config;
 }
 
-static void make_header(uint8_t *h, const Config *c, uint64_t size) {
-    uint32_t version = 1;
-    memset(h, 0, HEADER);
-    memcpy(h, magic, sizeof magic);
-    memcpy(h + sizeof magic, &version, sizeof version);
-    for (int i = 0; i < COUNT(fields); i++)
-        memcpy(h + fields[i].at, (const char *)c + fields[i].member, 4);
-    memcpy(h + SIZE_AT, &size, sizeof size);
+static void make_header(uint8_t *out, const Config *c, uint64_t size) {
+    Header h = {"LLAMA02", 1, *c, {0}, size};
+    memcpy(out, &h, HEADER);
 }
 
-// The seven ints of llama2.c's headers.
-static Config read_llama2c_config(const uint8_t *h, const char *path) {
-    Config c = {.type = F32, .flags = NEIGHBOURS, .norm_eps = 1e-5f, .rope_theta = 1e4f};
+// The seven ints of llama2.c. That the classifier is the embedding, a byte after them says in
+// version 1, and a vocabulary above 0 in version 0.
+static Config read_llama2c_config(const File *f, int version) {
+    const uint8_t *h = f->at + 8 * version;
+    Config c = {.type = F32, .norm_eps = 1e-5f, .rope_theta = 1e4f};
     int *const ints[] = {&c.dim, &c.hidden_dim, &c.n_layers, &c.n_heads, &c.n_kv_heads,
                          &c.vocab_size, &c.max_seq_len};
     for (int i = 0; i < COUNT(ints); i++) *ints[i] = (int)read_u32(h + 4 * i);
+    c.flags = (version ? h[28] != 0 : c.vocab_size > 0) ? NEIGHBOURS | TIED : NEIGHBOURS;
+    if (version == 0 && c.vocab_size < 0) c.vocab_size = (int)-(uint32_t)c.vocab_size;
     if (c.n_heads > 0 && c.dim % c.n_heads)
-        die("%s: not a checkpoint, or its dim %d is no multiple of its n_heads %d", path, c.dim,
+        die("%s: not a checkpoint, or its dim %d is no multiple of its n_heads %d", f->path, c.dim,
             c.n_heads);
     c.head_dim = c.n_heads > 0 ? c.dim / c.n_heads : 1;
     return c;
 }
 
-// Point the next tensor of the file at `*at`; past the end it stays unset and *at tells.
-static void take(Model *m, SlotId s, int layer, size_t *at, size_t alignment) {
-    if (!has_slot(&m->config, s) || *at > m->file.size) return;
-    Tensor *w = tensor_at(m, s, layer);
-    *w = blank_tensor(&m->config, s);
-    *at = round_up(*at, alignment);
-    w->data = m->file.at + *at;
-    *at += tensor_bytes(w);
+// Point the tensors first to last at the bytes from `at` on, layer by layer, each at the next
+// multiple of `unit`. Returns where they end, which may be behind the end of the file.
+static size_t take(Model *m, size_t at, SlotId first, SlotId last, size_t unit) {
+    for (int l = 0; l < (slots[first].per_layer ? m->config.n_layers : 1); l++)
+        for (SlotId s = first; s <= last; s++) {
+            if (!has_slot(&m->config, s)) continue;
+            Tensor *w = tensor_at(m, s, l);
+            *w = blank_tensor(&m->config, s);
+            at = round_up(at, unit);
+            w->data = m->file.at + at;
+            at += tensor_bytes(w);
+        }
+    return at;
 }
 
-static void take_all_layers(Model *m, SlotId s, size_t *at) {
-    for (int l = 0; l < (slots[s].per_layer ? m->config.n_layers : 1); l++) take(m, s, l, at, 1);
-}
-
-// Where the tensors of our format end.
 static size_t take_ours(Model *m) {
-    size_t at = HEADER;
-    take(m, EMBEDDING, 0, &at, LINE);
-    for (int l = 0; l < m->config.n_layers; l++)
-        for (SlotId s = ATTENTION_NORM; s <= W2; s++)
-            take(m, s, l, &at, LINE);
-    take(m, FINAL_NORM, 0, &at, LINE);
-    take(m, CLASSIFIER, 0, &at, LINE);
-    return at;
+    size_t at = take(m, HEADER, EMBEDDING, EMBEDDING, LINE);
+    at = take(m, at, ATTENTION_NORM, W2, LINE);
+    return take(m, at, FINAL_NORM, CLASSIFIER, LINE);
 }
 
-// llama2.c, version 0: no magic, so it must have exactly the size that its header implies, with or
-// without two tables of RoPE (seq_len, head_dim/2). Returns whether it does.
-static bool take_version_0(Model *m) {
-    static const SlotId order[] = {EMBEDDING, ATTENTION_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3,
-                                   FINAL_NORM};
-    const Config *c = &m->config;
-    size_t at = 28, tables = (size_t)c->max_seq_len * (size_t)c->head_dim * 4;
-    for (int i = 0; i < COUNT(order); i++) take_all_layers(m, order[i], &at);
-    Tensor classifier = blank_tensor(c, CLASSIFIER);
-    size_t rest = at + (c->flags & TIED ? 0 : tensor_bytes(&classifier));
-    if (rest + tables == m->file.size) at += tables;
-    take(m, CLASSIFIER, 0, &at, 1);
-    return at == m->file.size;
-}
-
-static size_t take_version_1(Model *m) {
-    static const SlotId order[] = {ATTENTION_NORM, FFN_NORM, FINAL_NORM, EMBEDDING, WQ, WK, WV, WO,
-                                   W1, W2, W3, CLASSIFIER};
-    size_t at = HEADER;
-    for (int i = 0; i < COUNT(order); i++) take_all_layers(m, order[i], &at);
-    return at;
-}
-
-static void check_size(const Model *m, size_t wanted) {
-    if (wanted != m->file.size)
-        die("%s: the file has %zu bytes, its shapes want %s%zu", m->file.path, m->file.size,
-            wanted > m->file.size ? "at least " : "", wanted);
-}
-
-static void open_ours(Model *m) {
-    m->form = "LLaMA-02, version 1";
-    m->config = read_config(&m->file);
-    check_config(&m->config, m->file.path);
-    m->layers = NEW(Layer, m->config.n_layers);
-    check_size(m, take_ours(m));
-}
-
-static void open_version_1(Model *m) {
-    const char *path = m->file.path;
-    m->form = "llama2.c, version 1";
-    if (m->file.size < HEADER)
-        die("%s: %zu bytes are less than the %d of a header", path, m->file.size, HEADER);
-    if (read_u32(m->file.at + 4) == 2)
-        die("%s: llama2.c's int8 (version 2) is not read: export f32 (version 0 or 1) and use "
-            "-m quantize", path);
-    if (read_u32(m->file.at + 4) != 1)
-        die("%s: llama2.c's version is %u, wanted 1", path, read_u32(m->file.at + 4));
-    m->config = read_llama2c_config(m->file.at + 8, path);
-    m->config.flags |= m->file.at[36] ? TIED : 0;
-    check_config(&m->config, path);
-    m->layers = NEW(Layer, m->config.n_layers);
-    check_size(m, take_version_1(m));
-}
-
-static void open_version_0(Model *m) {
-    const char *path = m->file.path;
-    m->form = "llama2.c, version 0";
-    if (m->file.size < 28)
-        die("%s: not a checkpoint: %zu bytes hold no header", path, m->file.size);
-    Config *c = &m->config;
-    *c = read_llama2c_config(m->file.at, path);
-    c->flags |= c->vocab_size > 0 ? TIED : 0;
-    if (c->vocab_size < 0 && c->vocab_size > INT_MIN) c->vocab_size = -c->vocab_size;
-    for (int i = 0; i < COUNT(fields); i++)
-        if (!(field_value(c, &fields[i]) >= fields[i].least
-              && field_value(c, &fields[i]) <= fields[i].most))
-            die("%s: not a checkpoint: no magic, and as llama2.c's version 0 %s would be %.10g",
-                path, fields[i].name, field_value(c, &fields[i]));
-    check_config(c, path);
-    m->layers = NEW(Layer, c->n_layers);
-    if (!take_version_0(m))
-        die("%s: not a checkpoint, or cut short: without a magic its %zu bytes would have to be "
-            "what llama2.c's version 0 implies", path, m->file.size);
+// In version 0 two tables of RoPE (seq_len, head_dim/2) may stand before the classifier; the size
+// of the file says whether they do.
+static size_t take_llama2c(Model *m, int version) {
+    static const SlotId orders[2][12] = {
+        {EMBEDDING, ATTENTION_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3, FINAL_NORM, CLASSIFIER},
+        {ATTENTION_NORM, FFN_NORM, FINAL_NORM, EMBEDDING, WQ, WK, WV, WO, W1, W2, W3, CLASSIFIER}};
+    size_t at = version ? HEADER : HEADER_0;
+    size_t tables = (size_t)m->config.max_seq_len * (size_t)m->config.head_dim * 4;
+    for (const SlotId *s = orders[version]; s < orders[version] + 12; s++) at = take(m, at, *s, *s, 1);
+    if (version || at + tables != m->file.size) return at;
+    if (m->classifier.data) m->classifier.data += tables;
+    return at + tables;
 }
 
 // What people try that is something else.
 static void refuse_strangers(const File *f) {
-    static const struct { const char *start; size_t n; const char *what; } strangers[] = {
-        {"GGUF", 4, "a GGUF file"},
-        {"PK\3\4", 4, "a zip archive, as PyTorch writes"},
-        {"ak42", 4, "byte-swapped: written on a big-endian machine"},
-        {"LLAMA02T", 8, "a tokenizer"},
+    static const char *const strangers[][2] = {
+        {"GGUF", "a GGUF file"},
+        {"PK\3\4", "a zip archive, as PyTorch writes"},
+        {"ak42", "byte-swapped, written on a big-endian machine"},
+        {"24ka\2", "llama2.c's int8 (version 2; export 0 or 1, and use -m quantize)"},
+        {"LLAMA02T", "a tokenizer"},
     };
     for (int i = 0; i < COUNT(strangers); i++)
-        if (f->size >= 8 && memcmp(f->at, strangers[i].start, strangers[i].n) == 0)
+        if (strncmp((const char *)f->at, strangers[i][0], strlen(strangers[i][0])) == 0)
             die("%s: this is %s, not a checkpoint; export.py writes one from a model's folder",
-                f->path, strangers[i].what);
+                f->path, strangers[i][1]);
 }
 
 // Map the file, read whichever header it has, point every tensor into it. Dies, naming file and
-// field, unless the shapes are sane and the file has exactly the bytes they need.
+// field, unless the shapes are sane and the file has exactly the bytes they need: llama2.c's version
+// 0 has nothing else to be known by.
 static Model open_model(const char *path) {
     Model m = {.file = open_file(path)};
-    refuse_strangers(&m.file);
-    if (m.file.size >= sizeof magic && memcmp(m.file.at, magic, sizeof magic) == 0)
-        open_ours(&m);
-    else if (m.file.size >= 8 && read_u32(m.file.at) == LLAMA2C_MAGIC)
-        open_version_1(&m);
-    else
-        open_version_0(&m);
+    const File *f = &m.file;  // at least a page is mapped, zero behind the end of the file
+    refuse_strangers(f);
+    bool ours = memcmp(f->at, magic, sizeof magic) == 0;
+    int theirs = memcmp(f->at, llama2c_magic, sizeof llama2c_magic) == 0;  // llama2.c's version
+    m.form = ours ? "LLaMA-02, version 1" : theirs ? "llama2.c, version 1" : "llama2.c, version 0";
+    if (f->size < (ours || theirs ? HEADER : HEADER_0))
+        die("%s: not a checkpoint: its %zu bytes hold no header", path, f->size);
+    uint32_t version = ours || theirs ? read_u32(f->at + (ours ? 8 : 4)) : 1;
+    if (version != 1) die("%s: version is %u, wanted 1", path, version);
+    m.config = ours ? read_config(f) : read_llama2c_config(f, theirs);
+    check_config(&m);
+    m.layers = NEW(Layer, m.config.n_layers);
+    size_t wanted = ours ? take_ours(&m) : take_llama2c(&m, theirs);
+    if (wanted != f->size)
+        die("%s: not a checkpoint, or cut short: as %s, its shapes want %zu bytes, it has %zu", path,
+            m.form, wanted, f->size);
     if (m.config.flags & TIED) m.classifier = m.embedding;
     // Read ahead in big steps; pages are only asked for, so a model larger than memory still runs.
-    madvise((void *)(uintptr_t)m.file.at, m.file.size, MADV_WILLNEED);
+    madvise((void *)(uintptr_t)f->at, f->size, MADV_WILLNEED);
     return m;
 }
 
@@ -4146,14 +4026,6 @@ static void print_usage(void) {
         fprintf(out, "  %-10s %s\n", modes[i].name, modes[i].does);
     fprintf(out, "\nexit status: 0 done, %d failed, %d wrong usage\n", FAILED, MISUSED);
     finish_page("");
-}
-
-__attribute__((noreturn, format(printf, 1, 2)))
-static void misuse(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    complain(format, args);
-    exit(MISUSED);
 }
 
 // The whole text must be a number within the option's bounds.

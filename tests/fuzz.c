@@ -93,14 +93,13 @@ enum { MOST_BYTES = 1 << 18, HERE = 24 };  // so a few tokens take no time
 
 // A header alone, of our format, is filled up to what its shapes want. Returns the new size.
 static size_t fill_up(uint8_t *data, size_t n) {
-    Model m = {.file = {"fuzz", data, n}};
+    Model m = {.file = {"fuzz", data, n}, .form = "fuzz"};
     if (n < HEADER || memcmp(data, magic, sizeof magic) != 0)
         return n;
-    memcpy(data + SIZE_AT, &(uint64_t){n}, 8);
+    memcpy(data + offsetof(Header, size), &(uint64_t){n}, 8);
     m.config = read_config(&m.file);
-    check_config(&m.config, "fuzz");
+    check_config(&m);
     m.layers = NEW(Layer, m.config.n_layers);
-    m.file.size = SIZE_MAX / 2;
     size_t wanted = take_ours(&m);
     free(m.layers);
     wanted = n == HEADER && wanted <= MOST_BYTES ? wanted : n;
@@ -109,7 +108,7 @@ static size_t fill_up(uint8_t *data, size_t n) {
         data[i] = (uint8_t)(i % 4 == 3 ? 0x3c | (noise & 0x83) : noise);  // f32 of around 1
     }
     n = wanted;
-    memcpy(data + SIZE_AT, &(uint64_t){n}, 8);
+    memcpy(data + offsetof(Header, size), &(uint64_t){n}, 8);
     return n;
 }
 
