@@ -33,11 +33,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
-#if defined __linux__
-#include <sched.h>
-#elif defined __APPLE__
+#if defined __APPLE__
 #include <sys/sysctl.h>
 #endif
 #if defined __x86_64__
@@ -45,9 +42,8 @@
 #elif defined __aarch64__
 #include <arm_neon.h>
 #endif
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "checkpoints are little-endian and used in place"
-#endif
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checkpoints are used in place");
 
 // ------------------------------------------------------------------------------------------------
 // 1. Foundation: failing, allocating, files, output, time
@@ -169,22 +165,20 @@ static Bytes read_text(const char *path) {
 }
 
 // Where results go: standard output, or a file that takes its name only when it is complete. On
-// Linux it has none before, so whatever ends the program leaves nothing behind.
+// Linux it has none before, so whatever ends the program leaves nothing behind; elsewhere PATH.part.
 typedef struct {
     FILE *file;
     const char *path;
-    char *part;  // PATH.part, its name before that; NULL: it keeps the one it has
+    char *part;  // PATH.part; NULL for what has its name already: a device, a pipe
 } Output;
 
 __attribute__((noreturn))
 static void fail_output(const Output *o) {
-    int reason = errno;
-    if (o->part) unlink(o->part);
-    die("%s: cannot be written: %s", o->path, strerror(reason));
+    die("%s: cannot be written: %s", o->path, strerror(errno));
 }
 
 #ifndef O_TMPFILE
-#define O_TMPFILE O_DIRECTORY  // elsewhere: no folder can be opened to be written
+#define O_TMPFILE O_DIRECTORY  // which cannot be opened to write
 #endif
 
 static Output open_output(const char *path) {
@@ -192,11 +186,11 @@ static Output open_output(const char *path) {
     if (!path || strcmp(path, "-") == 0) return (Output){stdout, "standard output", NULL};
     Output o = {.path = path};
     int fd = -1;
-    if (stat(path, &st) != 0 || S_ISREG(st.st_mode)) {  // not a device or a pipe
-        size_t folder = strrchr(path, '/') ? (size_t)(strrchr(path, '/') + 1 - path) : 0;
+    if (stat(path, &st) != 0 || S_ISREG(st.st_mode)) {
+        const char *slash = strrchr(path, '/');
         size_t room = strlen(path) + sizeof ".part";
         o.part = NEW(char, room);
-        snprintf(o.part, room, "%.*s.", (int)folder, path);
+        snprintf(o.part, room, "%.*s.", slash ? (int)(slash + 1 - path) : 0, path);
         fd = open(o.part, O_TMPFILE | O_WRONLY, 0666);
         snprintf(o.part, room, "%s.part", path);
         unlink(o.part);
@@ -236,10 +230,8 @@ static bool interrupt_waits(void) {
     return sigpending(&set) == 0 && sigismember(&set, SIGINT) == 1;
 }
 
-static void take_interrupt(void) {
-    signal(SIGINT, SIG_IGN);  // what is ignored does not wait
-    signal(SIGINT, SIG_DFL);
-}
+// What is ignored does not wait any more.
+static void take_interrupt(void) { signal(SIGINT, SIG_IGN), signal(SIGINT, SIG_DFL); }
 
 static double seconds(void) {
     struct timespec t;
@@ -249,7 +241,6 @@ static double seconds(void) {
 
 // How far a long job is, on a terminal, once it has lasted a second.
 typedef struct { const char *what; double start, shown; } Progress;
-
 static Progress start_progress(const char *what) { return (Progress){what, seconds(), 0}; }
 
 static void show_progress(Progress *p, double done, double all) {
@@ -265,7 +256,6 @@ static void end_progress(const Progress *p) { if (p->shown > 0) fprintf(stderr, 
 // 2. The model: what a Llama is made of
 
 typedef enum { F32, BF16, F16, Q8, Q4, TYPES } Type;
-
 static const char *const type_names[TYPES] = {"f32", "bf16", "f16", "q8", "q4"};
 
 // Weights as they lie in the file; rows go with outputs, columns with inputs.
@@ -277,13 +267,9 @@ typedef struct {
 
 typedef enum { NO_SCALING, LINEAR, LLAMA3, SCALINGS } Scaling;
 
-enum {
-    TIED = 1,        // the classifier is the embedding
-    BIASES = 2,      // on queries, keys and values
-    HEAD_NORMS = 4,  // RMSNorm on each query and key head
-    NEIGHBOURS = 8,  // RoPE turns pairs (2i, 2i + 1), otherwise (i, i + head_dim/2)
-    ALL_FLAGS = 15
-};
+// Flags: the classifier is the embedding; queries, keys and values have biases, each query and key
+// head an RMSNorm; RoPE turns pairs (2i, 2i + 1), otherwise (i, i + head_dim/2).
+enum { TIED = 1, BIASES = 2, HEAD_NORMS = 4, NEIGHBOURS = 8, ALL_FLAGS = 15 };
 
 // Four bytes each, as in the header of a checkpoint (room 3).
 typedef struct {
@@ -319,8 +305,8 @@ static int kv_dim(const Config *c) { return c->n_kv_heads * c->head_dim; }
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, HEAD_DIM, HIDDEN, VOCAB } Extent;
 
 static int extent(const Config *c, Extent e) {
-    return (const int[]){1, c->dim, q_dim(c), kv_dim(c), c->head_dim, c->hidden_dim,
-                         c->vocab_size}[e];
+    const int of[] = {1, c->dim, q_dim(c), kv_dim(c), c->head_dim, c->hidden_dim, c->vocab_size};
+    return of[e];
 }
 
 // Every tensor once, in the order of our file: loading, quantizing, counting and printing walk this
@@ -381,13 +367,9 @@ static size_t group_count(int cols) { return round_up((size_t)cols, GROUP) / GRO
 static size_t panel_count(int rows) { return round_up((size_t)rows, PANEL) / PANEL; }
 static size_t group_lines(Type type) { return type == Q8 ? 8 : 4; }
 static size_t row_bytes(Type type, int cols) { return (size_t)cols * (type == F32 ? 4 : 2); }
+static size_t line_bytes(Type t, int cols) { return group_count(cols) * group_lines(t) * LINE; }
 
-// Bytes of the lines of a panel, after which its scales stand.
-static size_t line_bytes(Type type, int cols) {
-    return group_count(cols) * group_lines(type) * LINE;
-}
-
-static size_t panel_bytes(Type type, int cols) {
+static size_t panel_bytes(Type type, int cols) {  // after the lines stand the scales
     return line_bytes(type, cols) + round_up(group_count(cols) * PANEL * 2, LINE);
 }
 
@@ -402,6 +384,7 @@ static size_t tensor_bytes(const Tensor *w) {
 // Ours: a header, then the tensors in the order of `slots`, layer by layer, each on a 64-byte
 // boundary. llama2.c's versions 0 and 1 hold f32 kind by kind for all layers, unaligned.
 
+#define MAGIC "LLAMA02"
 typedef struct {
     char magic[8];
     uint32_t version;
@@ -409,41 +392,30 @@ typedef struct {
     uint8_t zero[164];
     uint64_t size;  // of the file
 } Header;
+enum { HEADER = sizeof(Header), HEADER_0 = 28 };  // the latter of llama2.c's version 0
 
-enum { HEADER = sizeof(Header), HEADER_0 = 28 };  // bytes; those of llama2.c's version 0
-static const char magic[8] = "LLAMA02", llama2c_magic[4] = "24ka";
-
-// The numbers of a Config in its order, and their bounds. Extents are bounded so that an int counts
+// The bounds of every number of a Config, in its order. Extents are bounded so that an int counts
 // the elements of a row, 2^20 items do a job (room 4), and no sum of sizes overflows.
 static const struct Field {
     const char *name;
-    bool real;
+    char kind;  // i: int32_t, f: float
     double least, most;
 } fields[] = {
-    {"type",             false, 0, TYPES - 1},
-    {"dim",              false, 1, 1 << 20},
-    {"hidden_dim",       false, 1, 1 << 22},
-    {"n_layers",         false, 1, 1 << 14},
-    {"n_heads",          false, 1, 1 << 14},
-    {"n_kv_heads",       false, 1, 1 << 14},
-    {"head_dim",         false, 1, 1 << 12},
-    {"vocab_size",       false, 1, 1 << 23},
-    {"max_seq_len",      false, 1, 1 << 26},
-    {"sliding_window",   false, 0, INT_MAX},
-    {"flags",            false, 0, ALL_FLAGS},
-    {"norm_eps",         true,  0, 1},
-    {"rope_theta",       true,  1e-9, 3.4e38},
-    {"rope_scaling",     false, 0, SCALINGS - 1},
-    {"factor",           true,  0, 3.4e38},
-    {"low_freq_factor",  true,  0, 3.4e38},
-    {"high_freq_factor", true,  0, 3.4e38},
-    {"original_context", false, 0, 1 << 26},
+    {"type",             'i', 0, TYPES - 1},      {"dim",              'i', 1, 1 << 20},
+    {"hidden_dim",       'i', 1, 1 << 22},        {"n_layers",         'i', 1, 1 << 14},
+    {"n_heads",          'i', 1, 1 << 14},        {"n_kv_heads",       'i', 1, 1 << 14},
+    {"head_dim",         'i', 1, 1 << 12},        {"vocab_size",       'i', 1, 1 << 23},
+    {"max_seq_len",      'i', 1, 1 << 26},        {"sliding_window",   'i', 0, INT_MAX},
+    {"flags",            'i', 0, ALL_FLAGS},      {"norm_eps",         'f', 0, 1},
+    {"rope_theta",       'f', 1e-9, 3.4e38},      {"rope_scaling",     'i', 0, SCALINGS - 1},
+    {"factor",           'f', 0, 3.4e38},         {"low_freq_factor",  'f', 0, 3.4e38},
+    {"high_freq_factor", 'f', 0, 3.4e38},         {"original_context", 'i', 0, 1 << 26},
 };
 _Static_assert(sizeof(Config) == 4 * COUNT(fields), "each number of a Config has a row");
 
 static double field_value(const Config *c, const struct Field *f) {
     const char *at = (const char *)c + 4 * (f - fields);
-    return f->real ? (double)read_f32(at) : (double)(int32_t)read_u32(at);
+    return f->kind == 'f' ? (double)read_f32(at) : (double)(int32_t)read_u32(at);
 }
 
 static void check_config(const Model *m) {
@@ -453,42 +425,30 @@ static void check_config(const Model *m) {
         if (!(field_value(c, f) >= f->least && field_value(c, f) <= f->most))
             die("%s: not a checkpoint: as %s, its %s is %.10g, not %.10g to %.10g", path, m->form,
                 f->name, field_value(c, f), f->least, f->most);
-    if (c->n_heads % c->n_kv_heads)
-        die("%s: n_heads %d is no multiple of n_kv_heads %d", path, c->n_heads, c->n_kv_heads);
-    if (c->head_dim % 2) die("%s: head_dim %d is odd, but RoPE turns pairs", path, c->head_dim);
-    if (q_dim(c) > 1 << 22)
-        die("%s: n_heads %d times head_dim %d is above %d", path, c->n_heads, c->head_dim, 1 << 22);
+    if (c->n_heads % c->n_kv_heads || c->head_dim % 2 || q_dim(c) > 1 << 22)  // RoPE turns pairs
+        die("%s: n_heads %d must be a multiple of n_kv_heads %d, head_dim %d even, and n_heads "
+            "times head_dim at most %d", path, c->n_heads, c->n_kv_heads, c->head_dim, 1 << 22);
     bool ramp = c->low_freq_factor < c->high_freq_factor && c->original_context;
     if (c->scaling && !(c->factor > 0 && (c->scaling == LINEAR || ramp)))
-        die("%s: RoPE scaling has factor %g, low_freq_factor %g, high_freq_factor %g and "
-            "original_context %d", path, (double)c->factor, (double)c->low_freq_factor,
-            (double)c->high_freq_factor, c->original_context);
+        die("%s: RoPE scaling wants factor %g above 0, low_freq_factor %g below high_freq_factor "
+            "%g, and original_context %d above 0", path, (double)c->factor,
+            (double)c->low_freq_factor, (double)c->high_freq_factor, c->original_context);
 }
 
-static bool all_zero(const uint8_t *p, size_t n) {
-    while (n && *p == 0) p++, n--;
-    return n == 0;
-}
+static bool all_zero(const uint8_t *p, size_t n) { return !*p && !memcmp(p, p + 1, n - 1); }
 
 static Config read_config(const File *f) {
     Header h;
     memcpy(&h, f->at, HEADER);
-    if (!all_zero(h.zero, sizeof h.zero))
-        die("%s: the bytes before the size in its header are not zero", f->path);
-    if (h.size != f->size)
-        die("%s: the file has %zu bytes, its header says %llu", f->path, f->size,
-            (unsigned long long)h.size);
+    if (!all_zero(h.zero, sizeof h.zero) || h.size != f->size)
+        die("%s: the header must end in zeros and the size of the file, %zu bytes; it says %llu",
+            f->path, f->size, (unsigned long long)h.size);
     return h.config;
-}
-
-static void make_header(uint8_t *out, const Config *c, uint64_t size) {
-    Header h = {"LLAMA02", 1, *c, {0}, size};
-    memcpy(out, &h, HEADER);
 }
 
 // The seven ints of llama2.c. That the classifier is the embedding, a byte after them says in
 // version 1, and a vocabulary above 0 in version 0.
-static Config read_llama2c_config(const File *f, int version) {
+static Config read_llama2c_config(const File *f, uint32_t version) {
     const uint8_t *h = f->at + 8 * version;
     Config c = {.type = F32, .norm_eps = 1e-5f, .rope_theta = 1e4f};
     int *const ints[] = {&c.dim, &c.hidden_dim, &c.n_layers, &c.n_heads, &c.n_kv_heads,
@@ -526,13 +486,13 @@ static size_t take_ours(Model *m) {
 
 // In version 0 two tables of RoPE (seq_len, head_dim/2) may stand before the classifier; the size
 // of the file says whether they do.
-static size_t take_llama2c(Model *m, int version) {
+static size_t take_llama2c(Model *m, uint32_t version) {
     static const SlotId orders[2][12] = {
         {EMBEDDING, ATTENTION_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3, FINAL_NORM, CLASSIFIER},
         {ATTENTION_NORM, FFN_NORM, FINAL_NORM, EMBEDDING, WQ, WK, WV, WO, W1, W2, W3, CLASSIFIER}};
     size_t at = version ? HEADER : HEADER_0;
     size_t tables = (size_t)m->config.max_seq_len * (size_t)m->config.head_dim * 4;
-    for (const SlotId *s = orders[version]; s < orders[version] + 12; s++) at = take(m, at, *s, *s, 1);
+    for (int i = 0; i < 12; i++) at = take(m, at, orders[version][i], orders[version][i], 1);
     if (version || at + tables != m->file.size) return at;
     if (m->classifier.data) m->classifier.data += tables;
     return at + tables;
@@ -554,26 +514,26 @@ static void refuse_strangers(const File *f) {
 }
 
 // Map the file, read whichever header it has, point every tensor into it. Dies, naming file and
-// field, unless the shapes are sane and the file has exactly the bytes they need: llama2.c's version
-// 0 has nothing else to be known by.
+// field, unless the numbers are sane and the file has exactly the bytes they want: llama2.c's
+// version 0 is known by nothing else.
 static Model open_model(const char *path) {
     Model m = {.file = open_file(path)};
-    const File *f = &m.file;  // at least a page is mapped, zero behind the end of the file
+    const File *f = &m.file;  // whole pages are mapped, zero behind the end of the file
     refuse_strangers(f);
-    bool ours = memcmp(f->at, magic, sizeof magic) == 0;
-    int theirs = memcmp(f->at, llama2c_magic, sizeof llama2c_magic) == 0;  // llama2.c's version
-    m.form = ours ? "LLaMA-02, version 1" : theirs ? "llama2.c, version 1" : "llama2.c, version 0";
-    if (f->size < (ours || theirs ? HEADER : HEADER_0))
+    bool ours = memcmp(f->at, MAGIC, sizeof MAGIC) == 0;
+    bool marked = ours || memcmp(f->at, "24ka", 4) == 0;
+    if (f->size < (marked ? HEADER : HEADER_0))
         die("%s: not a checkpoint: its %zu bytes hold no header", path, f->size);
-    uint32_t version = ours || theirs ? read_u32(f->at + (ours ? 8 : 4)) : 1;
-    if (version != 1) die("%s: version is %u, wanted 1", path, version);
-    m.config = ours ? read_config(f) : read_llama2c_config(f, theirs);
+    uint32_t version = marked ? read_u32(f->at + (ours ? 8 : 4)) : 0;
+    if (version != marked) die("%s: version is %u, wanted 1", path, version);
+    m.form = ours ? "LLaMA-02, version 1" : marked ? "llama2.c, version 1" : "llama2.c, version 0";
+    m.config = ours ? read_config(f) : read_llama2c_config(f, version);
     check_config(&m);
     m.layers = NEW(Layer, m.config.n_layers);
-    size_t wanted = ours ? take_ours(&m) : take_llama2c(&m, theirs);
+    size_t wanted = ours ? take_ours(&m) : take_llama2c(&m, version);
     if (wanted != f->size)
-        die("%s: not a checkpoint, or cut short: as %s, its shapes want %zu bytes, it has %zu", path,
-            m.form, wanted, f->size);
+        die("%s: not a checkpoint, or cut short: its %zu bytes would have to be %zu as %s", path,
+            f->size, wanted, m.form);
     if (m.config.flags & TIED) m.classifier = m.embedding;
     // Read ahead in big steps; pages are only asked for, so a model larger than memory still runs.
     madvise((void *)(uintptr_t)f->at, f->size, MADV_WILLNEED);
@@ -3781,10 +3741,9 @@ static void run_quantize(Session *s) {
     if (c.type == Q4) die("%s: q4 is not quantized again", o->model);
     c.type = type;
     double sums[SLOTS][2] = {0};
-    uint8_t header[HEADER];
+    Header header = {MAGIC, 1, c, {0}, 0};
     uint64_t at = HEADER;
-    make_header(header, &c, 0);
-    write_bytes(&s->out, header, HEADER);
+    write_bytes(&s->out, &header, HEADER);
     Progress progress = start_progress("quantizing");
     at = write_tensor(s, EMBEDDING, 0, type, at, sums[EMBEDDING], &progress);
     for (int l = 0; l < c.n_layers; l++)
@@ -3793,9 +3752,9 @@ static void run_quantize(Session *s) {
     at = write_tensor(s, FINAL_NORM, 0, type, at, sums[FINAL_NORM], &progress);
     at = write_tensor(s, CLASSIFIER, 0, type, at, sums[CLASSIFIER], &progress);
     end_progress(&progress);
-    make_header(header, &c, at);
+    header.size = at;
     if (fseek(s->out.file, 0, SEEK_SET) != 0) fail_output(&s->out);
-    write_bytes(&s->out, header, HEADER);
+    write_bytes(&s->out, &header, HEADER);
     for (SlotId i = 0; i < SLOTS && o->verbose; i++)
         if (sums[i][1] > 0)
             fprintf(stderr, "%-15s relative root mean square error %.5f\n", slots[i].name,

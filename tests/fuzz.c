@@ -68,7 +68,7 @@ __attribute__((noreturn)) static void come_back(void) { longjmp(started, 1); }
 #define munmap(p, n) (forget(p), (munmap)(p, n))
 #define open(...) (opened = open(__VA_ARGS__))
 #define close(fd) (opened = -1, (close)(fd))
-#define exit(status) come_back()
+#define exit(status) ((void)(status), come_back())
 #define TESTING
 #include "../run.c"
 
@@ -94,7 +94,7 @@ enum { MOST_BYTES = 1 << 18, HERE = 24 };  // so a few tokens take no time
 // A header alone, of our format, is filled up to what its shapes want. Returns the new size.
 static size_t fill_up(uint8_t *data, size_t n) {
     Model m = {.file = {"fuzz", data, n}, .form = "fuzz"};
-    if (n < HEADER || memcmp(data, magic, sizeof magic) != 0)
+    if (n < HEADER || memcmp(data, MAGIC, sizeof MAGIC) != 0)
         return n;
     memcpy(data + offsetof(Header, size), &(uint64_t){n}, 8);
     m.config = read_config(&m.file);
