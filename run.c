@@ -1,5 +1,4 @@
 /* run.c - LLaMA-02: Llama 2 inference in one C file.
- *
  *   make && ./run model.bin -i "Once upon a time"
  *
  * The architecture is that of Touvron et al., "Llama 2: Open Foundation and Fine-Tuned Chat Models"
@@ -43,8 +42,6 @@
 #include <arm_neon.h>
 #endif
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checkpoints are used in place");
-
 // ------------------------------------------------------------------------------------------------
 // 1. Foundation: failing, allocating, files, output, time
 
@@ -61,8 +58,8 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checkpoints are used 
 
 enum { FAILED = 1, MISUSED = 2 };  // exit statuses; 0 is success
 
-// Print "run: ..." as one line and exit. For what the user can mend: paths, files, options. Names
-// and text from files may hold anything, so control characters are not passed on to a terminal.
+// Print "run: ..." as one line and exit: for what the user can mend, paths, files, options. Text
+// from files may hold anything, so control characters are not passed on to a terminal.
 __attribute__((noreturn, format(printf, 2, 3)))
 static void quit(int status, const char *format, ...) {
     char line[2048];
@@ -112,8 +109,8 @@ static void push(Tokens *t, int id) {
 }
 
 // Many arrays of one lifetime, dealt out from one block that the system fills with zeros page by
-// page as it is touched. A first round with `at` NULL only adds up the size, to SIZE_MAX / 4 or
-// more where it is too much.
+// page as it is touched. A first round with `at` NULL adds up the size, of at least `limit` if that
+// is too much.
 typedef struct { char *at; size_t used, size; } Arena;
 
 static void *deal(Arena *a, size_t n, size_t size) {
@@ -139,8 +136,7 @@ static File open_file(const char *path) {
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK);  // a FIFO must not hang here
     if (fd < 0 || fstat(fd, &st) != 0) die("%s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode)) die("%s: not a regular file", path);
-    if (st.st_size == 0) die("%s: the file is empty", path);
+    if (!S_ISREG(st.st_mode) || st.st_size == 0) die("%s: no regular file, or an empty one", path);
     void *at = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
     if (at == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
@@ -157,22 +153,17 @@ static Bytes read_text(const char *path) {
     FILE *in = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
     Bytes b = {0};
     char part[1 << 16];
-    if (!in) die("%s: %s", path, strerror(errno));
-    for (size_t n; (n = fread(part, 1, sizeof part, in)) > 0;) append(&b, part, n);
-    if (ferror(in)) die("%s: %s", path, strerror(errno));
+    for (size_t n; in && (n = fread(part, 1, sizeof part, in)) > 0;) append(&b, part, n);
+    if (!in || ferror(in)) die("%s: %s", path, strerror(errno));
     if (in != stdin) fclose(in);
     return b;
 }
 
-// Where results go: standard output, or a file that takes its name only when it is complete. On
-// Linux it has none before, so whatever ends the program leaves nothing behind; elsewhere PATH.part.
-typedef struct {
-    FILE *file;
-    const char *path;
-    char *part;  // PATH.part; NULL for what has its name already: a device, a pipe
-} Output;
+// Where results go: standard output, or a file that takes its name only when it is complete. Until
+// then it has none on Linux, so whatever ends the program leaves nothing behind, and elsewhere the
+// name `part`, PATH.part. Devices and pipes keep their name: `part` is NULL.
+typedef struct { FILE *file; const char *path; char *part; } Output;
 
-__attribute__((noreturn))
 static void fail_output(const Output *o) {
     die("%s: cannot be written: %s", o->path, strerror(errno));
 }
@@ -216,8 +207,7 @@ static void close_output(Output *o) {
     free(o->part);
 }
 
-// Ctrl-C held back is asked for between steps, so that no handler is needed, and no variable that
-// one would change.
+// Ctrl-C held back is asked for between steps: no handler, and no variable that one would change.
 static void hold_interrupt(bool held) {
     sigset_t set;
     sigemptyset(&set);
@@ -255,6 +245,7 @@ static void end_progress(const Progress *p) { if (p->shown > 0) fprintf(stderr, 
 // ------------------------------------------------------------------------------------------------
 // 2. The model: what a Llama is made of
 
+typedef enum { NO_SCALING, LINEAR, LLAMA3, SCALINGS } Scaling;  // of RoPE's frequencies
 typedef enum { F32, BF16, F16, Q8, Q4, TYPES } Type;
 static const char *const type_names[TYPES] = {"f32", "bf16", "f16", "q8", "q4"};
 
@@ -265,23 +256,20 @@ typedef struct {
     const uint8_t *data;  // row after row; the quantized types in panels, see room 6
 } Tensor;
 
-typedef enum { NO_SCALING, LINEAR, LLAMA3, SCALINGS } Scaling;
-
 // Flags: the classifier is the embedding; queries, keys and values have biases, each query and key
 // head an RMSNorm; RoPE turns pairs (2i, 2i + 1), otherwise (i, i + head_dim/2).
 enum { TIED = 1, BIASES = 2, HEAD_NORMS = 4, NEIGHBOURS = 8, ALL_FLAGS = 15 };
 
 // Four bytes each, as in the header of a checkpoint (room 3).
 typedef struct {
-    Type type;                // of the matrices; norms and biases are f32
-    int dim, hidden_dim;      // width of the residual stream, and inside the feed-forward block
-    int n_layers;
-    int n_heads, n_kv_heads;  // n_heads / n_kv_heads query heads share one key and value head
+    Type type;            // of the matrices; norms and biases are f32
+    int dim, hidden_dim;  // width of the residual stream, and inside the feed-forward block
+    int n_layers, n_heads, n_kv_heads;  // n_heads / n_kv_heads query heads share a key/value head
     int head_dim, vocab_size, max_seq_len;
-    int window;               // a token sees this many positions, itself included; 0: all
+    int window;           // a token sees this many positions, itself included; 0: all
     uint32_t flags;
     float norm_eps, rope_theta;
-    Scaling scaling;          // of RoPE's frequencies
+    Scaling scaling;
     float factor, low_freq_factor, high_freq_factor;
     int original_context;
 } Config;
@@ -384,6 +372,7 @@ static size_t tensor_bytes(const Tensor *w) {
 // Ours: a header, then the tensors in the order of `slots`, layer by layer, each on a 64-byte
 // boundary. llama2.c's versions 0 and 1 hold f32 kind by kind for all layers, unaligned.
 
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checkpoints are used in place");
 #define MAGIC "LLAMA02"
 typedef struct {
     char magic[8];
@@ -394,13 +383,10 @@ typedef struct {
 } Header;
 enum { HEADER = sizeof(Header), HEADER_0 = 28 };  // the latter of llama2.c's version 0
 
-// The bounds of every number of a Config, in its order. Extents are bounded so that an int counts
-// the elements of a row, 2^20 items do a job (room 4), and no sum of sizes overflows.
-static const struct Field {
-    const char *name;
-    char kind;  // i: int32_t, f: float
-    double least, most;
-} fields[] = {
+// The numbers of a Config in its order, i: int32_t, f: float, and their bounds. Extents are such
+// that an int counts the elements of a row, 2^20 items do a job (room 4), and no sum of sizes
+// overflows.
+static const struct Field { const char *name; char kind; double least, most; } fields[] = {
     {"type",             'i', 0, TYPES - 1},      {"dim",              'i', 1, 1 << 20},
     {"hidden_dim",       'i', 1, 1 << 22},        {"n_layers",         'i', 1, 1 << 14},
     {"n_heads",          'i', 1, 1 << 14},        {"n_kv_heads",       'i', 1, 1 << 14},
