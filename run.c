@@ -292,11 +292,6 @@ static int kv_dim(const Config *c) { return c->n_kv_heads * c->head_dim; }
 
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, HEAD_DIM, HIDDEN, VOCAB } Extent;
 
-static int extent(const Config *c, Extent e) {
-    const int of[] = {1, c->dim, q_dim(c), kv_dim(c), c->head_dim, c->hidden_dim, c->vocab_size};
-    return of[e];
-}
-
 // Every tensor once, in the order of our file: loading, quantizing, counting and printing walk this
 // table, and nothing else knows the list.
 typedef enum {
@@ -343,8 +338,9 @@ static Tensor *tensor_at(Model *m, SlotId s, int layer) {
 
 // The shape and type that a model of this config gives to a slot.
 static Tensor blank_tensor(const Config *c, SlotId s) {
+    const int of[] = {1, c->dim, q_dim(c), kv_dim(c), c->head_dim, c->hidden_dim, c->vocab_size};
     Extent rows = slots[s].rows;
-    return (Tensor){rows == ONE ? F32 : c->type, extent(c, rows), extent(c, slots[s].cols), NULL};
+    return (Tensor){rows == ONE ? F32 : c->type, of[rows], of[slots[s].cols], NULL};
 }
 
 // Quantized weights: GROUP columns share a scale, a LINE is 4 bytes of each of PANEL rows (room 6).
@@ -381,11 +377,10 @@ typedef struct {
     uint8_t zero[164];
     uint64_t size;  // of the file
 } Header;
-enum { HEADER = sizeof(Header), HEADER_0 = 28 };  // the latter of llama2.c's version 0
+enum { HEADER = sizeof(Header) };
 
-// The numbers of a Config in its order, i: int32_t, f: float, and their bounds. Extents are such
-// that an int counts the elements of a row, 2^20 items do a job (room 4), and no sum of sizes
-// overflows.
+// The numbers of a Config in its order, i: int32_t, f: float, and their bounds: an int counts the
+// elements of a row, 2^20 items do a job (room 4), and no sum of sizes overflows.
 static const struct Field { const char *name; char kind; double least, most; } fields[] = {
     {"type",             'i', 0, TYPES - 1},      {"dim",              'i', 1, 1 << 20},
     {"hidden_dim",       'i', 1, 1 << 22},        {"n_layers",         'i', 1, 1 << 14},
@@ -409,8 +404,8 @@ static void check_config(const Model *m) {
     const char *path = m->file.path;
     for (const struct Field *f = fields; f < fields + COUNT(fields); f++)
         if (!(field_value(c, f) >= f->least && field_value(c, f) <= f->most))
-            die("%s: not a checkpoint: as %s, its %s is %.10g, not %.10g to %.10g", path, m->form,
-                f->name, field_value(c, f), f->least, f->most);
+            die("%s: not a checkpoint: as %s, its header has %s %.10g, not %.10g to %.10g", path,
+                m->form, f->name, field_value(c, f), f->least, f->most);
     if (c->n_heads % c->n_kv_heads || c->head_dim % 2 || q_dim(c) > 1 << 22)  // RoPE turns pairs
         die("%s: n_heads %d must be a multiple of n_kv_heads %d, head_dim %d even, and n_heads "
             "times head_dim at most %d", path, c->n_heads, c->n_kv_heads, c->head_dim, 1 << 22);
@@ -426,9 +421,10 @@ static bool all_zero(const uint8_t *p, size_t n) { return !*p && !memcmp(p, p + 
 static Config read_config(const File *f) {
     Header h;
     memcpy(&h, f->at, HEADER);
-    if (!all_zero(h.zero, sizeof h.zero) || h.size != f->size)
-        die("%s: the header must end in zeros and the size of the file, %zu bytes; it says %llu",
-            f->path, f->size, (unsigned long long)h.size);
+    if (h.size != f->size)
+        die("%s: the file has %zu bytes, its header says %llu", f->path, f->size,
+            (unsigned long long)h.size);
+    if (!all_zero(h.zero, sizeof h.zero)) die("%s: bytes 84 to 247 are not zero", f->path);
     return h.config;
 }
 
@@ -443,8 +439,7 @@ static Config read_llama2c_config(const File *f, uint32_t version) {
     c.flags = (version ? h[28] != 0 : c.vocab_size > 0) ? NEIGHBOURS | TIED : NEIGHBOURS;
     if (version == 0 && c.vocab_size < 0) c.vocab_size = (int)-(uint32_t)c.vocab_size;
     if (c.n_heads > 0 && c.dim % c.n_heads)
-        die("%s: not a checkpoint, or its dim %d is no multiple of its n_heads %d", f->path, c.dim,
-            c.n_heads);
+        die("%s: not a checkpoint: dim %d is no multiple of n_heads %d", f->path, c.dim, c.n_heads);
     c.head_dim = c.n_heads > 0 ? c.dim / c.n_heads : 1;
     return c;
 }
@@ -476,7 +471,7 @@ static size_t take_llama2c(Model *m, uint32_t version) {
     static const SlotId orders[2][12] = {
         {EMBEDDING, ATTENTION_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3, FINAL_NORM, CLASSIFIER},
         {ATTENTION_NORM, FFN_NORM, FINAL_NORM, EMBEDDING, WQ, WK, WV, WO, W1, W2, W3, CLASSIFIER}};
-    size_t at = version ? HEADER : HEADER_0;
+    size_t at = version ? HEADER : 28;
     size_t tables = (size_t)m->config.max_seq_len * (size_t)m->config.head_dim * 4;
     for (int i = 0; i < 12; i++) at = take(m, at, orders[version][i], orders[version][i], 1);
     if (version || at + tables != m->file.size) return at;
@@ -500,16 +495,14 @@ static void refuse_strangers(const File *f) {
 }
 
 // Map the file, read whichever header it has, point every tensor into it. Dies, naming file and
-// field, unless the numbers are sane and the file has exactly the bytes they want: llama2.c's
-// version 0 is known by nothing else.
+// field, unless the numbers are sane and the file has exactly the bytes that they want, by which
+// alone llama2.c's version 0 is known.
 static Model open_model(const char *path) {
     Model m = {.file = open_file(path)};
-    const File *f = &m.file;  // whole pages are mapped, zero behind the end of the file
+    const File *f = &m.file;  // a page at least is mapped, with zeros behind the end of the file
     refuse_strangers(f);
     bool ours = memcmp(f->at, MAGIC, sizeof MAGIC) == 0;
     bool marked = ours || memcmp(f->at, "24ka", 4) == 0;
-    if (f->size < (marked ? HEADER : HEADER_0))
-        die("%s: not a checkpoint: its %zu bytes hold no header", path, f->size);
     uint32_t version = marked ? read_u32(f->at + (ours ? 8 : 4)) : 0;
     if (version != marked) die("%s: version is %u, wanted 1", path, version);
     m.form = ours ? "LLaMA-02, version 1" : marked ? "llama2.c, version 1" : "llama2.c, version 0";
@@ -518,8 +511,8 @@ static Model open_model(const char *path) {
     m.layers = NEW(Layer, m.config.n_layers);
     size_t wanted = ours ? take_ours(&m) : take_llama2c(&m, version);
     if (wanted != f->size)
-        die("%s: not a checkpoint, or cut short: its %zu bytes would have to be %zu as %s", path,
-            f->size, wanted, m.form);
+        die("%s: not a checkpoint, or cut short: it has %zu bytes, its header as %s wants %zu",
+            path, f->size, m.form, wanted);
     if (m.config.flags & TIED) m.classifier = m.embedding;
     // Read ahead in big steps; pages are only asked for, so a model larger than memory still runs.
     madvise((void *)(uintptr_t)f->at, f->size, MADV_WILLNEED);
