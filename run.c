@@ -419,29 +419,27 @@ static void check_config(const Model *m) {
 static bool all_zero(const uint8_t *p, size_t n) { return !*p && !memcmp(p, p + 1, n - 1); }
 
 static Config read_config(const File *f) {
-    Header h;
-    memcpy(&h, f->at, HEADER);
-    if (h.size != f->size)
+    const Header *h = (const void *)f->at;
+    if (h->size != f->size)
         die("%s: the file has %zu bytes, its header says %llu", f->path, f->size,
-            (unsigned long long)h.size);
-    if (!all_zero(h.zero, sizeof h.zero)) die("%s: bytes 84 to 247 are not zero", f->path);
-    return h.config;
+            (unsigned long long)h->size);
+    if (!all_zero(h->zero, sizeof h->zero)) die("%s: bytes 84 to 247 are not zero", f->path);
+    return h->config;
 }
 
-// The seven ints of llama2.c. That the classifier is the embedding, a byte after them says in
-// version 1, and a vocabulary above 0 in version 0.
+// llama2.c has seven ints. That the classifier is the embedding, a byte after them says in version
+// 1, and that the size of the vocabulary is above 0 in version 0.
 static Config read_llama2c_config(const File *f, uint32_t version) {
-    const uint8_t *h = f->at + 8 * version;
-    Config c = {.type = F32, .norm_eps = 1e-5f, .rope_theta = 1e4f};
-    int *const ints[] = {&c.dim, &c.hidden_dim, &c.n_layers, &c.n_heads, &c.n_kv_heads,
-                         &c.vocab_size, &c.max_seq_len};
-    for (int i = 0; i < COUNT(ints); i++) *ints[i] = (int)read_u32(h + 4 * i);
-    c.flags = (version ? h[28] != 0 : c.vocab_size > 0) ? NEIGHBOURS | TIED : NEIGHBOURS;
-    if (version == 0 && c.vocab_size < 0) c.vocab_size = (int)-(uint32_t)c.vocab_size;
-    if (c.n_heads > 0 && c.dim % c.n_heads)
-        die("%s: not a checkpoint: dim %d is no multiple of n_heads %d", f->path, c.dim, c.n_heads);
-    c.head_dim = c.n_heads > 0 ? c.dim / c.n_heads : 1;
-    return c;
+    const int *h = (const void *)(f->at + 8 * version);
+    int dim = h[0], heads = h[3], vocab = h[5];
+    bool tied = version ? f->at[36] != 0 : vocab > 0;
+    if (version == 0 && vocab < 0) vocab = (int)-(uint32_t)vocab;
+    if (heads > 0 && dim % heads)
+        die("%s: not a checkpoint: dim %d is no multiple of n_heads %d", f->path, dim, heads);
+    return (Config){.dim = dim, .hidden_dim = h[1], .n_layers = h[2], .n_heads = heads,
+                    .n_kv_heads = h[4], .head_dim = heads > 0 ? dim / heads : 1,
+                    .vocab_size = vocab, .max_seq_len = h[6],
+                    .flags = NEIGHBOURS | (tied ? TIED : 0), .norm_eps = 1e-5f, .rope_theta = 1e4f};
 }
 
 // Point the tensors first to last at the bytes from `at` on, layer by layer, each at the next
@@ -489,7 +487,7 @@ static void refuse_strangers(const File *f) {
         {"LLAMA02T", "a tokenizer"},
     };
     for (int i = 0; i < COUNT(strangers); i++)
-        if (strncmp((const char *)f->at, strangers[i][0], strlen(strangers[i][0])) == 0)
+        if (memcmp(f->at, strangers[i][0], strlen(strangers[i][0])) == 0)
             die("%s: this is %s, not a checkpoint; export.py writes one from a model's folder",
                 f->path, strangers[i][1]);
 }
