@@ -710,33 +710,31 @@ static void close_model(Model *m) {
 //
 // A job is n items, claimed a few at a time from one atomic word, so a thread that the system takes
 // away holds up what it has claimed and nothing else: one that never woke holds up nothing. Whoever
-// waits spins for a moment, as jobs follow each other closely, and then sleeps.
+// waits spins for a moment, as jobs follow each other closely, and then sleeps until a bell rings.
 
 typedef void Work(void *job, int thread, int first, int end);
 
-enum { MAX_THREADS = 1024, MAX_ITEMS = (1 << 20) - 1 };
+enum { MAX_THREADS = 1024, SPINS = 1 << 11 };
 
-// The word: 24 bits count the jobs, 20 the items of this job, 20 the items already claimed. A claim
-// is a compare-and-swap, so one prepared for an earlier job fails.
+typedef struct { _Atomic int sleepers; pthread_cond_t rings; } Bell;
+
+// The ticket: its upper half counts the jobs, its lower the items that nobody has claimed yet. A
+// claim is a compare-and-swap, so one prepared for an earlier job fails.
 typedef struct {
     _Alignas(64) _Atomic uint64_t ticket;
-    _Alignas(64) _Atomic int done;     // items of this job
+    _Alignas(64) _Atomic int undone;  // items of this job
     _Alignas(64) _Atomic(Work *) work;
     _Atomic(void *) job;
+    _Atomic int items, started;       // of this job; workers that have taken their number
     _Atomic bool closing;
-    _Atomic int sleepers;              // workers asleep
-    _Atomic bool owner_sleeps;
-    _Atomic int born;                  // workers that have taken their number
-    int threads;                       // the caller of parallel() is one
-    pthread_t *workers;
+    int threads;                      // the caller of parallel() is one
+    pthread_t workers[MAX_THREADS];
     pthread_mutex_t mutex;
-    pthread_cond_t wake, finished;
+    Bell begun, finished;
 } Pool;
 
-static uint64_t new_ticket(uint64_t job, int items) { return job << 40 | (uint64_t)items << 20; }
-static int items_of(uint64_t ticket) { return (int)(ticket >> 20 & MAX_ITEMS); }
-static int claimed_of(uint64_t ticket) { return (int)(ticket & MAX_ITEMS); }
-static bool items_left(uint64_t ticket) { return claimed_of(ticket) < items_of(ticket); }
+static bool work_waits(Pool *p) { return (uint32_t)p->ticket || p->closing; }
+static bool job_done(Pool *p) { return p->undone == 0; }
 
 static void relax(void) {
 #if defined __x86_64__
@@ -746,155 +744,119 @@ static void relax(void) {
 #endif
 }
 
-// Claim a share of what is left, smaller towards the end, do it, and say so. False: nothing was
-// left.
+// Who comes to sleep is counted before looking again, and looked for after the change: of two that
+// pass each other at least one sees the other.
+static void await(Pool *p, Bell *bell, bool (*came)(Pool *)) {
+    for (int i = 0; i < SPINS && !came(p); i++) relax();
+    if (came(p)) return;
+    pthread_mutex_lock(&p->mutex);
+    bell->sleepers++;
+    while (!came(p)) pthread_cond_wait(&bell->rings, &p->mutex);
+    bell->sleepers--;
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void ring(Pool *p, Bell *bell) {
+    if (bell->sleepers == 0) return;
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_broadcast(&bell->rings);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+// Claim a share of what is left, smaller towards the end, and do it. False: nothing was left.
 static bool work_once(Pool *p, int thread) {
-    uint64_t ticket = atomic_load(&p->ticket);
+    uint64_t ticket = p->ticket;
     Work *work;
     void *job;
-    int first, n;
+    int left, first, n;
     do {
-        if (!items_left(ticket)) return false;
-        first = claimed_of(ticket);
-        n = most(1, (items_of(ticket) - first) / (4 * p->threads));
-        work = atomic_load_explicit(&p->work, memory_order_relaxed);
-        job = atomic_load_explicit(&p->job, memory_order_relaxed);
-    } while (!atomic_compare_exchange_weak(&p->ticket, &ticket, ticket + (uint64_t)n));
+        if ((left = (int)(uint32_t)ticket) == 0) return false;
+        n = most(1, left / (4 * p->threads));
+        work = p->work, job = p->job, first = p->items - left;
+    } while (!atomic_compare_exchange_weak(&p->ticket, &ticket, ticket - (uint64_t)n));
     work(job, thread, first, first + n);
-    if (atomic_fetch_add(&p->done, n) + n == items_of(ticket) && atomic_load(&p->owner_sleeps)) {
-        pthread_mutex_lock(&p->mutex);
-        pthread_cond_signal(&p->finished);
-        pthread_mutex_unlock(&p->mutex);
-    }
+    if (atomic_fetch_sub(&p->undone, n) == n) ring(p, &p->finished);
     return true;
 }
 
-static bool work_waits(Pool *p) { return items_left(atomic_load(&p->ticket)) || p->closing; }
-static bool job_done(Pool *p) { return atomic_load(&p->done) == items_of(atomic_load(&p->ticket)); }
-
-// Watch for a moment; true when it came.
-static bool spin(Pool *p, bool (*came)(Pool *)) {
-    enum { SPINS = 1 << 11 };
-    for (int i = 0; i < SPINS; i++) {
-        if (came(p)) return true;
-        relax();
-    }
-    return false;
-}
-
-static void *worker(void *argument) {
-    Pool *p = argument;
-    int thread = 1 + atomic_fetch_add(&p->born, 1);
-    while (!p->closing) {
-        if (work_once(p, thread) || spin(p, work_waits)) continue;
-        pthread_mutex_lock(&p->mutex);
-        p->sleepers++;
-        while (!work_waits(p)) pthread_cond_wait(&p->wake, &p->mutex);
-        p->sleepers--;
-        pthread_mutex_unlock(&p->mutex);
-    }
+static void *worker(void *pool) {
+    Pool *p = pool;
+    int thread = 1 + atomic_fetch_add(&p->started, 1);
+    while (!p->closing)
+        if (!work_once(p, thread)) await(p, &p->begun, work_waits);
     return NULL;
-}
-
-static void wake_workers(Pool *p) {
-    if (p->sleepers == 0) return;
-    pthread_mutex_lock(&p->mutex);
-    pthread_cond_broadcast(&p->wake);
-    pthread_mutex_unlock(&p->mutex);
 }
 
 // Do items 0 to n of a job on all threads; returns when all are done. Which thread does which items
 // is chance, so results must not depend on it.
 static void parallel(Pool *p, int n, Work *work, void *job) {
-    assert(n >= 0 && n <= MAX_ITEMS);
     if (p->threads == 1 || n <= 1) {
         if (n) work(job, 0, 0, n);
         return;
     }
-    atomic_store_explicit(&p->work, work, memory_order_relaxed);
+    atomic_store_explicit(&p->work, work, memory_order_relaxed);  // the ticket makes them known
     atomic_store_explicit(&p->job, job, memory_order_relaxed);
-    atomic_store(&p->done, 0);
-    atomic_store(&p->ticket, new_ticket((atomic_load(&p->ticket) >> 40) + 1, n));
-    wake_workers(p);
+    atomic_store_explicit(&p->items, n, memory_order_relaxed);
+    atomic_store_explicit(&p->undone, n, memory_order_relaxed);
+    p->ticket = ((p->ticket >> 32) + 1) << 32 | (uint32_t)n;
+    ring(p, &p->begun);
     while (work_once(p, 0)) ;
-    if (spin(p, job_done)) return;
-    pthread_mutex_lock(&p->mutex);
-    p->owner_sleeps = true;
-    while (!job_done(p)) pthread_cond_wait(&p->finished, &p->mutex);
-    p->owner_sleeps = false;
-    pthread_mutex_unlock(&p->mutex);
+    await(p, &p->finished, job_done);
 }
 
 static void start_pool(Pool *p, int threads) {
-    *p = (Pool){.threads = 1, .workers = NEW(pthread_t, threads)};
-    pthread_mutex_init(&p->mutex, NULL);
-    pthread_cond_init(&p->wake, NULL);
-    pthread_cond_init(&p->finished, NULL);
-    p->threads = threads;
+    *p = (Pool){.threads = threads, .mutex = PTHREAD_MUTEX_INITIALIZER,
+                .begun = {0, PTHREAD_COND_INITIALIZER}, .finished = {0, PTHREAD_COND_INITIALIZER}};
     for (int i = 1; i < threads; i++)
         if (pthread_create(&p->workers[i], NULL, worker, p) != 0)
             die("thread %d of %d cannot be started; -j sets a smaller number", i + 1, threads);
 }
 
 static void stop_pool(Pool *p) {
-    pthread_mutex_lock(&p->mutex);
     p->closing = true;
-    pthread_cond_broadcast(&p->wake);
-    pthread_mutex_unlock(&p->mutex);
+    ring(p, &p->begun);
     for (int i = 1; i < p->threads; i++) pthread_join(p->workers[i], NULL);
-    free(p->workers);
 }
 
 #if defined __linux__
-// The first number in a file of the system, or `otherwise`.
-static long read_number(const char *path, long otherwise) {
-    long v = otherwise;
+// The number that `format` finds in a file of the system, or `otherwise`.
+static long read_number(const char *path, const char *format, long otherwise) {
     FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%ld", &v) != 1) v = otherwise;
+    long v;
+    if (!f || fscanf(f, format, &v) != 1) v = otherwise;
     if (f) fclose(f);
     return v;
 }
 
-// Cores that the control group's quota pays for, rounded up.
-static int quota_cores(void) {
-    long quota = -1, period = 0;
-    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");  // version 2: "max 100000" or "150000 100000"
-    if (f && fscanf(f, "%ld %ld", &quota, &period) != 2) quota = -1;
-    if (f) {
-        fclose(f);
-    } else {
-        quota = read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", -1);
-        period = read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us", 0);
-    }
-    return quota > 0 && period > 0 ? (int)((quota + period - 1) / period) : INT_MAX;
-}
-
-// Physical cores this process may use: of the hyper-threads of a core only the first is counted,
-// and only if it is allowed (or is the first allowed one).
+// Physical cores this process may use: of the hyper-threads of a core only the first is counted
+// (or all that are allowed without it), and no more than the control group's quota pays for.
 static int usable_cores(void) {
+    static const char group[] = "/sys/fs/cgroup/cpu.max";  // "max 100000" or "150000 100000"
+    long quota = read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%ld", -1);  // version 1
+    long period = read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%ld", 100000);
+    int cores = 0;
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
-    int cores = 0;
     for (int i = 0; i < CPU_SETSIZE; i++) {
         char path[96];
-        snprintf(path, sizeof path,
-                 "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", i);
         if (!CPU_ISSET(i, &allowed)) continue;
-        long first = read_number(path, i);
-        cores += first == i || first < 0 || first >= CPU_SETSIZE || !CPU_ISSET(first, &allowed);
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/%s", i,
+                 "thread_siblings_list");
+        long first = read_number(path, "%ld", i);
+        cores += first == i || !CPU_ISSET(first, &allowed);  // false for any long out of range
     }
-    return most(1, least(cores, quota_cores()));
-}
-#elif defined __APPLE__
-static int usable_cores(void) {
-    int cores = 1;
-    size_t size = sizeof cores;
-    if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, NULL, 0) != 0)
-        sysctlbyname("hw.physicalcpu", &cores, &size, NULL, 0);
-    return most(1, cores);
+    quota = read_number(group, "%ld", quota);
+    period = read_number(group, "%*s %ld", period);
+    return most(1, quota > 0 ? least(cores, (int)((quota + period - 1) / period)) : cores);
 }
 #else
-static int usable_cores(void) { return most(1, (int)sysconf(_SC_NPROCESSORS_ONLN)); }
+static int usable_cores(void) {
+    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#if defined __APPLE__
+    sysctlbyname("hw.perflevel0.physicalcpu", &cores, &(size_t){sizeof cores}, NULL, 0);  // fast
+#endif
+    return most(1, cores);
+}
 #endif
 
 // ------------------------------------------------------------------------------------------------
