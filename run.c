@@ -2959,15 +2959,10 @@ static void flush(Bytes *out, Decoder *d) {
 // (Holtzman et al. 2020), min-p. With only temperature and top-p the rule and its random numbers
 // are llama2.c's, so the same seed gives the same text.
 
-typedef struct { float p; int id; } Candidate;
+typedef struct { union { float p; uint32_t bits; }; int id; } Candidate;
+typedef struct { float temperature, top_p, min_p, penalty; int top_k; } Taste;  // top_k 0: all
 
-typedef struct {
-    float temperature, top_p, min_p, penalty;
-    int top_k;  // 0: all
-} Taste;
-
-// xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact and 1 not
-// reached.
+// xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact, 1 not reached.
 static float random_float(uint64_t *state) {
     *state ^= *state >> 12;
     *state ^= *state << 25;
@@ -2975,28 +2970,21 @@ static float random_float(uint64_t *state) {
     return (float)(uint32_t)((*state * 0x2545f4914f6cdd1dull) >> 32 >> 8) * 0x1p-24f;
 }
 
-static int most_likely(const float *logits, int n) {
+// The first of the largest. A vector at a time, few of which hold anything larger.
+static int most_likely(const float *x, int n) {
     int best = 0;
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[best])
-            best = i;
+    for (int first = 0; first < n; first += WIDTH)
+        if (greatest(load_some(x + first, n - first)) > x[best])
+            for (int i = first; i < least(first + WIDTH, n); i++)
+                if (x[i] > x[best]) best = i;
     return best;
-}
-
-static float peak_of(const float *x, int n) {
-    f32v peaks = spread(-INFINITY);
-    int whole = n / WIDTH * WIDTH;
-    for (int i = 0; i < whole; i += WIDTH) peaks = greater_of(peaks, load_f32(x + i));
-    float peak = greatest(peaks);
-    for (int i = whole; i < n; i++) peak = x[i] > peak ? x[i] : peak;
-    return peak;
 }
 
 // Logits, divided by the temperature, to probabilities. Returns the sum of e^(logit - peak).
 static float softmax(float *x, int n, float temperature) {
     f32v sum = spread(0);
     for (int i = 0; i < n; i++) x[i] /= temperature;
-    f32v peak = spread(peak_of(x, n));
+    f32v peak = spread(x[most_likely(x, n)]);
     for (int i = 0; i < n; i += WIDTH) {
         store_some(x + i, exponential(sub(load_some(x + i, n - i), peak)), n - i);
         sum = add(sum, load_some(x + i, n - i));
@@ -3006,33 +2994,36 @@ static float softmax(float *x, int n, float temperature) {
     return total;
 }
 
-// Falling probability; among equals the smaller id first.
-static int by_probability(const void *a, const void *b) {
-    const Candidate *x = a, *y = b;
-    return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : (x->id > y->id) - (x->id < y->id);
+// Falling probability; among equals the smaller id first, as each pass keeps the order it finds.
+// A pass for each byte of p, whose bits rise with it, as it is not negative. c has room for 2n.
+static void sort_candidates(Candidate *c, int n) {
+    Candidate *from = c, *to = c + n;
+    for (int shift = 0; shift < 32; shift += 8) {
+        int at[256 + 1] = {0};
+        for (int i = 0; i < n; i++) at[(~from[i].bits >> shift & 255) + 1]++;
+        for (int b = 0; b < 256; b++) at[b + 1] += at[b];
+        for (int i = 0; i < n; i++) to[at[~from[i].bits >> shift & 255]++] = from[i];
+        Candidate *sorted = to;
+        to = from, from = sorted;
+    }
 }
 
 // What top-k, top-p and min-p leave of n probabilities, likeliest first; at least one.
 static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
-    bool nucleus = taste->top_p > 0 && taste->top_p < 1;
-    float cutoff = 0, whole = 1;
-    if (nucleus && !taste->top_k)  // below it nothing can be among the likeliest
-        cutoff = (1 - taste->top_p) / (float)(n - 1);
-    int kept = 0;
+    float top_p = taste->top_p > 0 && taste->top_p < 1 ? taste->top_p : INFINITY;
+    float cutoff = taste->top_k ? 0 : (1 - top_p) / (float)(n - 1);  // below it nothing is in top-p
+    float sum = 0, whole = 1;
+    int found = 0, kept = 0;
     for (int i = 0; i < n; i++)
-        if (p[i] >= cutoff)
-            c[kept++] = (Candidate){p[i], i};
-    if (kept == 0) c[kept++] = (Candidate){1, most_likely(p, n)};
-    qsort(c, (size_t)kept, sizeof *c, by_probability);
-    if (taste->top_k && taste->top_k < kept) {
-        kept = taste->top_k, whole = 0;
-        for (int i = 0; i < kept; i++) whole += c[i].p;
+        if (p[i] >= cutoff) c[found++] = (Candidate){.p = p[i], .id = i};
+    if (found == 0) c[found++] = (Candidate){.p = 1, .id = most_likely(p, n)};
+    sort_candidates(c, found);
+    if (taste->top_k && taste->top_k < found) {
+        found = taste->top_k, whole = 0;
+        for (int i = 0; i < found; i++) whole += c[i].p;
     }
-    float sum = 0;
-    for (int i = 0; nucleus && i < kept; i++)
-        if ((sum += c[i].p) > taste->top_p * whole)
-            kept = i + 1;
-    while (kept > 1 && c[kept - 1].p < taste->min_p * c[0].p) kept--;
+    for (; kept < found && !(sum > top_p * whole); sum += c[kept++].p)
+        if (c[kept].p < taste->min_p * c[0].p) break;
     return kept;
 }
 
@@ -3041,8 +3032,8 @@ static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
 static void penalize(float *logits, Candidate *old, const Tokens *text, float penalty) {
     for (size_t i = 0; i < text->n; i++) old[text->at[i]].p = logits[text->at[i]];
     for (size_t i = 0; i < text->n; i++) {
-        float before = old[text->at[i]].p;
-        logits[text->at[i]] = before > 0 ? before / penalty : before * penalty;
+        float was = old[text->at[i]].p;
+        logits[text->at[i]] = was > 0 ? was / penalty : was * penalty;
     }
 }
 
@@ -3052,22 +3043,14 @@ static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candi
     if (taste->penalty != 1) penalize(logits, candidates, text, taste->penalty);
     if (taste->temperature == 0) return most_likely(logits, n);
     softmax(logits, n, taste->temperature);
-    float chance = random_float(state), sum = 0;
-    bool whole = !taste->top_k && taste->min_p <= 0 && (taste->top_p <= 0 || taste->top_p >= 1);
-    if (whole) {
-        for (int i = 0; i < n; i++)
-            if ((sum += logits[i]) > chance)
-                return i;
-        return n - 1;
-    }
-    int kept = shortlist(candidates, logits, n, taste);
-    for (int i = 0; i < kept; i++) sum += candidates[i].p;
-    float reach = chance * sum;
-    sum = 0;
-    for (int i = 0; i < kept; i++)
-        if ((sum += candidates[i].p) > reach)
-            return candidates[i].id;
-    return candidates[kept - 1].id;
+    float chance = random_float(state), sum = 0, running = 0;
+    bool all = !taste->top_k && taste->min_p <= 0 && (taste->top_p <= 0 || taste->top_p >= 1);
+    for (int i = 0; all && i < n; i++)
+        if ((running += logits[i]) > chance || i == n - 1) return i;
+    int kept = shortlist(candidates, logits, n, taste), i = 0;
+    for (int k = 0; k < kept; k++) sum += candidates[k].p;
+    while (!((running += candidates[i].p) > chance * sum) && i < kept - 1) i++;
+    return candidates[i].id;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -3243,7 +3226,7 @@ static void need_state(Session *s, int64_t most_tokens, int n_slots, int logit_r
     context = context < most_tokens ? context : most_tokens;
     int batch = most(default_batch(c), most(n_slots, logit_rows));
     open_state(&s->state, &s->model, &s->pool, (Room){(int)context, n_slots, logit_rows, batch});
-    s->candidates = NEW(Candidate, c->vocab_size);
+    s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
 }
 
 static void close_session(Session *s) {
@@ -3510,7 +3493,7 @@ static void score_text(Session *s, Judge *judge, void *sums) {
 
 // Natural logarithm of the probability that logits give to a token; they become probabilities.
 static double log_probability(float *scores, int n, int id) {
-    double above = (double)scores[id] - (double)peak_of(scores, n);
+    double above = (double)scores[id] - (double)scores[most_likely(scores, n)];
     return above - log((double)softmax(scores, n, 1));
 }
 

@@ -121,7 +121,7 @@ static void run_some(const Model *m) {
     Pool pool;
     State s;
     uint64_t random = 1;
-    Candidate *candidates = NEW(Candidate, c->vocab_size);
+    Candidate *candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
     start_pool(&pool, 1);
     open_state(&s, m, &pool, (Room){context, 1, TOKENS, TOKENS});
     for (int at = 0; at < context; at += n) {

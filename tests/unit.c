@@ -1475,7 +1475,7 @@ static int plain_pick(const float *p, int n, float top_p, float chance) {
 
 static void sampling_follows_the_rule_of_llama2c(void) {
     static const float top_ps[] = {0.9f, 0, 1, 0.1f, 0.5f, 0.99f}, temperatures[] = {1, 0.3f, 2};
-    Candidate candidates[128];
+    Candidate candidates[256];
     for (int k = 0; k < 3000; k++) {
         int n = 2 + k % 120;
         float *x = random_numbers((size_t)n, (uint32_t)k), p[128];
@@ -1497,7 +1497,7 @@ static void sampling_follows_the_rule_of_llama2c(void) {
 
 static int picked(const float *x, int n, Taste taste, uint64_t seed, const Tokens *text) {
     float copy[64];
-    Candidate candidates[64];
+    Candidate candidates[128];
     memcpy(copy, x, (size_t)n * sizeof *x);
     return pick(copy, n, &taste, &seed, candidates, text);
 }
