@@ -80,21 +80,19 @@ enum { FAILED = 1, MISUSED = 2 };  // exit statuses; 0 is success
 
 // Print "run: ..." as one line and exit. For what the user can mend: paths, files, options. Names
 // and text from files may hold anything, so control characters are not passed on to a terminal.
-static void complain(const char *format, va_list args) {
+__attribute__((noreturn, format(printf, 2, 3)))
+static void quit(int status, const char *format, ...) {
     char line[2048];
+    va_list args;
+    va_start(args, format);
     fflush(stdout);
     vsnprintf(line, sizeof line, format, args);
     for (char *c = line; *c; c++) *c = iscntrl((unsigned char)*c) ? '?' : *c;
     fprintf(stderr, "run: %s\n", line);
+    exit(status);
 }
-
-__attribute__((noreturn, format(printf, 1, 2)))
-static void die(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    complain(format, args);
-    exit(FAILED);
-}
+#define die(...) quit(FAILED, __VA_ARGS__)
+#define misuse(...) quit(MISUSED, __VA_ARGS__)
 
 static int least(int a, int b) { return a < b ? a : b; }
 static int most(int a, int b) { return a > b ? a : b; }
@@ -2960,7 +2958,7 @@ static void flush(Bytes *out, Decoder *d) {
 // are llama2.c's, so the same seed gives the same text.
 
 typedef struct { union { float p; uint32_t bits; }; int id; } Candidate;
-typedef struct { float temperature, top_p, min_p, penalty; int top_k; } Taste;  // top_k 0: all
+typedef struct { float temperature, top_p, min_p, penalty; int64_t top_k; } Taste;  // top_k 0: all
 
 // xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact, 1 not reached.
 static float random_float(uint64_t *state) {
@@ -3019,7 +3017,7 @@ static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
     if (found == 0) c[found++] = (Candidate){.p = 1, .id = most_likely(p, n)};
     sort_candidates(c, found);
     if (taste->top_k && taste->top_k < found) {
-        found = taste->top_k, whole = 0;
+        found = (int)taste->top_k, whole = 0;
         for (int i = 0; i < found; i++) whole += c[i].p;
     }
     for (; kept < found && !(sum > top_p * whole); sum += c[kept++].p)
@@ -3058,9 +3056,9 @@ static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candi
 
 typedef struct {
     const char *model, *tokenizer, *mode, *prompt, *file, *system, *output, *type, *format, *batch;
-    double temperature, top_p, min_p, penalty;
-    int64_t steps, threads, context, seed, top_k, depth, width;
-    bool verbose, seed_is_time;
+    Taste taste;
+    int64_t steps, threads, context, seed, depth, width;  // a negative seed is the time's
+    bool verbose;
 } Options;
 
 typedef struct {
@@ -3068,36 +3066,27 @@ typedef struct {
     Model model;
     Pool pool;
     State state;
-    char *tokenizer_path;   // NULL: none is open
+    char *tokenizer_path;
     Tokenizer tokenizer;
-    Candidate *candidates;  // (vocab)
-    Taste taste;
+    Candidate *candidates;  // (2, vocab)
+    uint64_t seed;
     Output out;
-    bool out_is_terminal;
 } Session;
 
 // One text in one slot of the cache.
 typedef struct {
-    int slot;
-    Tokens ids;      // all of it
-    int pos;         // how many of them are in the cache
+    int slot, pos;   // the first pos of its tokens are in the cache
+    Tokens ids;
     uint64_t random;
     Decoder decoder;
     Bytes ready;     // characters that are complete but not written
     int64_t made;    // tokens of the last reply
 } Text;
 
-typedef enum { ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED } Stop;
+typedef enum { ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED, GOES_ON } Stop;
 
 static Text new_text(const Session *s, int slot) {
-    // xorshift never leaves state 0, so seed 0 stands for another
-    uint64_t seed = s->options->seed ? (uint64_t)s->options->seed : 0x9e3779b97f4a7c15ull;
-    return (Text){.slot = slot, .random = seed, .decoder.tokenizer = &s->tokenizer};
-}
-
-static void say_seed(const Session *s) {
-    if (s->options->temperature > 0 && s->options->seed_is_time)
-        fprintf(stderr, "seed %lld\n", (long long)s->options->seed);
+    return (Text){.slot = slot, .random = s->seed, .decoder.tokenizer = &s->tokenizer};
 }
 
 static void free_text(Text *t) {
@@ -3105,81 +3094,81 @@ static void free_text(Text *t) {
     free(t->ready.at);
 }
 
-// The text goes on with the tokens of n bytes, after BOS if it is at its beginning and the model
-// wants one. What is said this way is part of what a decoder sees.
+static void say_seed(const Session *s) {
+    if (s->options->taste.temperature > 0 && s->options->seed < 0)
+        fprintf(stderr, "seed %lld\n", (long long)s->seed);
+}
+
+// The text begins with the tokens of n bytes, after BOS if the model wants one.
 static void feed(Session *s, Text *text, const char *words, size_t n) {
-    if (text->ids.n == 0 && s->tokenizer.header.bos >= 0 && s->tokenizer.header.flags & ADDS_BOS)
-        push(&text->ids, s->tokenizer.header.bos);
+    const TokenizerHeader *h = &s->tokenizer.header;
+    if (h->bos >= 0 && h->flags & ADDS_BOS) push(&text->ids, h->bos);
     encode(&text->ids, &s->tokenizer, words, n);
 }
 
 // Run what the cache does not hold yet through the model, a batch at a time. Returns the logits of
 // what may follow.
 static float *catch_up(Session *s, Text *text) {
-    State *state = &s->state;
     Progress progress = start_progress("reading");
     int from = text->pos, all = (int)text->ids.n, n = 0;
-    Step *steps = NEW(Step, least(state->batch, all - from));
-    assert(all > from && all <= state->context);
+    Step *steps = NEW(Step, least(s->state.batch, all - from));
+    assert(all > from && all <= s->state.context);
     for (; text->pos < all; text->pos += n) {
-        n = least(state->batch, all - text->pos);
+        n = least(s->state.batch, all - text->pos);
         for (int t = 0; t < n; t++)
             steps[t] = (Step){text->ids.at[text->pos + t], text->slot, text->pos + t};
-        forward(state, steps, n);
+        forward(&s->state, steps, n);
         show_progress(&progress, text->pos + n - from, all - from);
     }
     end_progress(&progress);
     free(steps);
-    return logits(state, n - 1, 1);
+    return logits(&s->state, n - 1, 1);
 }
 
 // A model's words must not steer a terminal.
 static void disarm(Bytes *b) {
     for (size_t i = 0; i < b->n; i++)
-        if (iscntrl((unsigned char)b->at[i]) && !strchr("\n\t", b->at[i]))
-            b->at[i] = '?';
+        if (iscntrl((unsigned char)b->at[i]) && !strchr("\n\t", b->at[i])) b->at[i] = '?';
 }
 
 // Write what is ready, and send it off so that it is seen at once.
 static void show_ready(Session *s, Text *text) {
-    if (s->out_is_terminal) disarm(&text->ready);
+    if (isatty(fileno(s->out.file))) disarm(&text->ready);
     write_bytes(&s->out, text->ready.at, text->ready.n);
-    if (text->ready.n && fflush(s->out.file) != 0) fail_output(&s->out);
+    if (fflush(s->out.file) != 0) fail_output(&s->out);
     text->ready.n = 0;
 }
 
-// Sample the next token. False: it ends the text and is no part of it.
-static bool extend(Session *s, Text *text, float *scores) {
-    int id = pick(scores, s->model.config.vocab_size, &s->taste, &text->random, s->candidates,
-                  &text->ids);
-    if (ends_text(&s->tokenizer, id)) return false;
+// Sample the next token. One that ends the text is no part of it.
+static Stop extend(Session *s, Text *text, float *scores) {
+    int id = pick(scores, s->model.config.vocab_size, &s->options->taste, &text->random,
+                  s->candidates, &text->ids);
+    if (ends_text(&s->tokenizer, id)) return ENDED;
     push(&text->ids, id);
     decode(&text->ready, &text->decoder, id);
-    text->made++;
-    return true;
+    if (++text->made >= s->options->steps) return REACHED_LIMIT;
+    return (int)text->ids.n > s->state.context ? CONTEXT_FULL : GOES_ON;
 }
 
-// Sample and write tokens until the model ends, `limit` are out or the context is full. `scores`
-// are those of a catch_up().
-static Stop reply(Session *s, Text *text, float *scores, int64_t limit) {
-    for (text->made = 0; text->made < limit; scores = catch_up(s, text)) {
-        if (interrupt_waits()) return INTERRUPTED;
-        if (!extend(s, text, scores)) return ENDED;
+// Sample and write tokens until one ends the text, -n are out or the context is full. `scores` are
+// those of a catch_up().
+static Stop reply(Session *s, Text *text, float *scores) {
+    Stop stop = s->options->steps ? GOES_ON : REACHED_LIMIT;
+    for (text->made = 0; stop == GOES_ON;) {
+        if (text->made) scores = catch_up(s, text);
+        stop = interrupt_waits() ? INTERRUPTED : extend(s, text, scores);
         show_ready(s, text);
-        if (text->made == limit) break;
-        if ((int)text->ids.n > s->state.context) return CONTEXT_FULL;
     }
-    return REACHED_LIMIT;
+    return stop;
 }
 
 // Beside NAME.bin as NAME.tokenizer.bin, beside it as tokenizer.bin, or in the current folder.
 static char *find_tokenizer(const char *model) {
     const char *slash = strrchr(model, '/'), *name = slash ? slash + 1 : model;
     const char *dot = strrchr(name, '.');
-    int stem = dot ? (int)(dot - model) : (int)strlen(model);
-    size_t room = strlen(model) + sizeof ".tokenizer.bin";
+    size_t length = strlen(model), room = length + sizeof ".tokenizer.bin";
     char *path = NEW(char, room);
-    snprintf(path, room, "%.*s.tokenizer.bin", stem, model);
+    snprintf(path, room, "%.*s.tokenizer.bin", (int)(dot ? (size_t)(dot - model) : length), model);
     if (access(path, F_OK) != 0)
         snprintf(path, room, "%.*stokenizer.bin", (int)(name - model), model);
     if (access(path, F_OK) != 0) snprintf(path, room, "tokenizer.bin");
@@ -3188,48 +3177,42 @@ static char *find_tokenizer(const char *model) {
     return path;
 }
 
-// Threads that a model is worth: below about 2 MB of weights each, they cost more than they bring.
-static int useful_threads(const Model *m) {
-    size_t worth = m->file.size / (2 << 20);
-    return worth < 1 ? 1 : worth > MAX_THREADS ? MAX_THREADS : (int)worth;
-}
-
-static void open_session(Session *s, const Options *o) {
-    *s = (Session){.options = o, .model = open_model(o->model)};
-    s->taste = (Taste){(float)o->temperature, (float)o->top_p, (float)o->min_p, (float)o->penalty,
-                       (int)o->top_k};
-    int threads = o->threads ? (int)o->threads : least(usable_cores(), useful_threads(&s->model));
-    hold_interrupt(true);  // threads inherit this: an interrupt is the main thread's
-    start_pool(&s->pool, threads);
-    hold_interrupt(false);
-}
-
 static void need_tokenizer(Session *s) {
     const char *named = s->options->tokenizer;
     int vocab = s->model.config.vocab_size;
     s->tokenizer_path = named ? strdup(named) : find_tokenizer(s->options->model);
     s->tokenizer = open_tokenizer(s->tokenizer_path, vocab);
-    if (!named && strcmp(s->tokenizer_path, "tokenizer.bin") == 0
-        && s->tokenizer.header.n_tokens != (uint32_t)vocab)
-        die("tokenizer.bin has %u tokens, the model %d: -z names the model's own",
-            s->tokenizer.header.n_tokens, vocab);
+    int size = (int)s->tokenizer.header.n_tokens;
+    if (!named && strcmp(s->tokenizer_path, "tokenizer.bin") == 0 && size != vocab)
+        die("tokenizer.bin has %d tokens, the model %d: -z names the model's own", size, vocab);
 }
 
-// Room for texts of as many tokens as the model or -c allows, or fewer where `most_tokens` is
-// enough.
-static void need_state(Session *s, int64_t most_tokens, int n_slots, int logit_rows) {
+// Room for texts of as many tokens as the model or -c allows, or fewer where `enough` is less.
+static void need_state(Session *s, int64_t enough, int n_slots, int logit_rows) {
     const Config *c = &s->model.config;
     int64_t context = s->options->context ? s->options->context : c->max_seq_len;
     if (context > c->max_seq_len)
         die("%s: the context is %d tokens, -c asks for %lld", s->model.file.path, c->max_seq_len,
             (long long)context);
-    context = context < most_tokens ? context : most_tokens;
+    if (context > enough) context = enough;
     int batch = most(default_batch(c), most(n_slots, logit_rows));
     open_state(&s->state, &s->model, &s->pool, (Room){(int)context, n_slots, logit_rows, batch});
     s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
 }
 
+static void open_session(Session *s, const Options *o) {
+    *s = (Session){.options = o, .model = open_model(o->model)};
+    s->seed = (uint64_t)(o->seed < 0 ? time(NULL) : o->seed);
+    if (s->seed == 0) s->seed = 0x9e3779b97f4a7c15;  // xorshift would never leave 0
+    int worth = (int)(s->model.file.size >> 21);     // threads: 2 MB bring what one costs
+    hold_interrupt(true);  // threads inherit this: an interrupt is the main thread's
+    start_pool(&s->pool, o->threads ? (int)o->threads : most(1, least(usable_cores(), worth)));
+    hold_interrupt(false);
+    s->out = open_output(o->output);
+}
+
 static void close_session(Session *s) {
+    close_output(&s->out);
     if (s->state.arena.at) close_state(&s->state);
     stop_pool(&s->pool);
     if (s->tokenizer_path) close_tokenizer(&s->tokenizer);
@@ -3281,7 +3264,7 @@ static void run_generate(Session *s) {
     float *scores = catch_up(s, &text);
     double middle = seconds();
     show_ready(s, &text);
-    Stop stop = reply(s, &text, scores, o->steps);
+    Stop stop = reply(s, &text, scores);
     double end = seconds();
     end_line(s, &text);
     if (stop == CONTEXT_FULL)
@@ -3397,7 +3380,7 @@ static void talk(Session *s, Text *text, const struct Format *f, Bytes message) 
     }
     text->decoder = (Decoder){.tokenizer = &s->tokenizer};
     hold_interrupt(true);
-    Stop stop = reply(s, text, catch_up(s, text), s->options->steps);
+    Stop stop = reply(s, text, catch_up(s, text));
     if (stop == INTERRUPTED) take_interrupt();
     hold_interrupt(false);
     end_line(s, text);
@@ -3597,12 +3580,8 @@ static void write_results(Session *s, Queue *q) {
 // One more token for a task, from the logits before it; the task is finished when that was its
 // last.
 static void extend_task(Session *s, Queue *q, Task *t, float *scores) {
-    if (!extend(s, &t->text, scores))
-        finish_task(q, t, ENDED);
-    else if (t->text.made >= s->options->steps)
-        finish_task(q, t, REACHED_LIMIT);
-    else if ((int)t->text.ids.n > s->state.context)
-        finish_task(q, t, CONTEXT_FULL);
+    Stop stop = extend(s, &t->text, scores);
+    if (stop != GOES_ON) finish_task(q, t, stop);
 }
 
 // The next line as a task in a free slot; false: there are no more.
@@ -4023,10 +4002,7 @@ static void run_bench(Session *s) {
 // ------------------------------------------------------------------------------------------------
 // 13. The command line
 
-static const struct Mode {
-    const char *name, *does;
-    void (*run)(Session *s);
-} modes[] = {
+static const struct Mode { const char *name, *does; void (*run)(Session *s); } modes[] = {
     {"generate",   "continue the prompt (default)",                          run_generate},
     {"chat",       "talk: turns from -i and standard input",               run_chat},
     {"batch",      "complete the lines of -b, JSON lines out",             run_batch},
@@ -4043,11 +4019,7 @@ static const struct Mode {
 typedef enum { TEXT, WHOLE, REAL, SWITCH } Kind;
 #define TO(field) offsetof(Options, field)
 static const struct Option {
-    char letter;
-    Kind kind;
-    const char *value, *does;
-    size_t at;
-    double least, most;
+    char letter; Kind kind; const char *value, *does; size_t at; double least, most;
 } options[] = {
     {'i', TEXT,   "TEXT", "prompt, - for standard input",                    TO(prompt), 0, 0},
     {'f', TEXT,   "FILE", "prompt or token ids from a file",                 TO(file), 0, 0},
@@ -4055,11 +4027,11 @@ static const struct Option {
     {'m', TEXT,   "MODE", "what to do, below",                               TO(mode), 0, 0},
     {'z', TEXT,   "FILE", "tokenizer (NAME.tokenizer.bin, tokenizer.bin)",   TO(tokenizer), 0, 0},
     {'n', WHOLE,  "N",    "tokens to generate (256)",                        TO(steps), 0, 1e9},
-    {'t', REAL,   "X",    "temperature, 0 takes the likeliest (1.0)",      TO(temperature), 0, 1e3},
-    {'p', REAL,   "X",    "top-p, 0 and 1: off (0.9)",                       TO(top_p), 0, 1},
-    {'k', WHOLE,  "N",    "top-k, 0: off (0)",                               TO(top_k), 0, 1e9},
-    {'l', REAL,   "X",    "min-p, 0: off (0)",                               TO(min_p), 0, 1},
-    {'r', REAL,   "X",    "repetition penalty, 1: off (1.0)",               TO(penalty), 1e-3, 1e3},
+    {'t', REAL,   "X",  "temperature, 0 takes the likeliest (1.0)", TO(taste.temperature), 0, 1e3},
+    {'p', REAL,   "X",    "top-p, 0 and 1: off (0.9)",                       TO(taste.top_p), 0, 1},
+    {'k', WHOLE,  "N",    "top-k, 0: off (0)",                             TO(taste.top_k), 0, 1e9},
+    {'l', REAL,   "X",    "min-p, 0: off (0)",                               TO(taste.min_p), 0, 1},
+    {'r', REAL,   "X",    "repetition penalty, 1: off (1.0)",         TO(taste.penalty), 1e-3, 1e3},
     {'s', WHOLE,  "N",    "seed of the random numbers (time)",               TO(seed), 0, 9e15},
     {'c', WHOLE,  "N",    "context in tokens (the model's)",                 TO(context), 1, 1e9},
     {'j', WHOLE,  "N",    "threads (physical cores)",                  TO(threads), 1, MAX_THREADS},
@@ -4073,85 +4045,56 @@ static const struct Option {
 };
 
 __attribute__((noreturn))
-static void finish_page(const char *text) {
-    Output out = open_output(NULL);
-    write_bytes(&out, text, strlen(text));
-    close_output(&out);
+static void print_page(bool usage) {
+    printf(usage ? "usage: ./run MODEL [options]\n\noptions\n" : "LLaMA-02 " VERSION "\n");
+    for (int i = 0; usage && i < COUNT(options); i++)
+        printf("  -%c %-5s %s\n", options[i].letter, options[i].value, options[i].does);
+    if (usage) printf("  -h       this page; --version prints " VERSION "\n\nmodes\n");
+    for (int i = 0; usage && i < COUNT(modes); i++)
+        printf("  %-10s %s\n", modes[i].name, modes[i].does);
+    if (usage) printf("\nexit status: 0 done, %d failed, %d wrong usage\n", FAILED, MISUSED);
+    close_output(&(Output){.file = stdout});
     exit(0);
 }
 
-__attribute__((noreturn))
-static void print_usage(void) {
-    FILE *out = stdout;
-    fprintf(out, "usage: ./run MODEL [options]\n\noptions\n");
-    for (int i = 0; i < COUNT(options); i++)
-        fprintf(out, "  -%c %-5s %s\n", options[i].letter, options[i].value, options[i].does);
-    fprintf(out, "  -h       this page; --version prints %s\n\nmodes\n", VERSION);
-    for (int i = 0; i < COUNT(modes); i++)
-        fprintf(out, "  %-10s %s\n", modes[i].name, modes[i].does);
-    fprintf(out, "\nexit status: 0 done, %d failed, %d wrong usage\n", FAILED, MISUSED);
-    finish_page("");
-}
-
-__attribute__((noreturn, format(printf, 1, 2)))
-static void misuse(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    complain(format, args);
-    exit(MISUSED);
-}
-
-// The whole text must be a number within the option's bounds.
-static void parse_number(Options *o, const struct Option *option, const char *text) {
-    char *end;
+// The value goes to the option's field; a number must be one to its end, and within the bounds.
+static void set_option(Options *o, const struct Option *option, const char *value) {
     void *at = (char *)o + option->at;
+    double v = 0;
+    char *end;
     errno = 0;
-    double v = option->kind == REAL ? strtod(text, &end) : (double)strtoll(text, &end, 10);
-    if (end == text || *end || errno || isspace((unsigned char)*text)
+    switch (option->kind) {
+    case SWITCH: *(bool *)at = true; return;
+    case TEXT:   *(const char **)at = value; return;
+    case WHOLE:  v = (double)strtoll(value, &end, 10); break;
+    case REAL:   v = strtod(value, &end); break;
+    }
+    if (end == value || *end || errno || isspace((unsigned char)*value)
         || !(v >= option->least && v <= option->most))
         misuse("-%c wants a %snumber of %.10g to %.10g, not '%s'", option->letter,
-               option->kind == WHOLE ? "whole " : "", option->least, option->most, text);
+               option->kind == WHOLE ? "whole " : "", option->least, option->most, value);
     if (option->kind == REAL)
-        *(double *)at = v;
+        *(float *)at = (float)v;
     else
-        *(int64_t *)at = strtoll(text, NULL, 10);
-}
-
-// The option at argv[*i], and its value, which may follow.
-static void parse_option(Options *o, int argc, char **argv, int *i) {
-    const char *letter = argv[*i] + 1;
-    const struct Option *option = NULL;
-    for (int j = 0; j < COUNT(options); j++)
-        if (letter[0] == options[j].letter && letter[1] == '\0')
-            option = &options[j];
-    if (!option) misuse("unknown option '%s'", argv[*i]);
-    void *at = (char *)o + option->at;
-    if (option->kind == SWITCH) {
-        *(bool *)at = true;
-        return;
-    }
-    if (++*i == argc) misuse("-%c wants a value", option->letter);
-    if (option->kind == TEXT)
-        *(const char **)at = argv[*i];
-    else
-        parse_number(o, option, argv[*i]);
+        *(int64_t *)at = (int64_t)v;  // exact: no bound is above 2^53
 }
 
 static Options parse_options(int argc, char **argv) {
-    Options o = {.mode = "generate", .temperature = 1, .top_p = 0.9, .penalty = 1, .steps = 256,
-                 .seed = -1};
+    Options o = {.mode = "generate", .taste = {1, 0.9f, 0, 1, 0}, .steps = 256, .seed = -1};
     for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) {
-            print_usage();
-        } else if (strcmp(argv[i], "--version") == 0) {
-            finish_page("LLaMA-02 " VERSION "\n");
-        } else if (argv[i][0] == '-' && argv[i][1]) {
-            parse_option(&o, argc, argv, &i);
-        } else if (o.model) {
-            misuse("two models: '%s' and '%s'", o.model, argv[i]);
-        } else {
-            o.model = argv[i];
+        const char *word = argv[i];
+        const struct Option *option = options, *end = options + COUNT(options);
+        bool help = strcmp(word, "-h") == 0 || strcmp(word, "--help") == 0;
+        if (help || strcmp(word, "--version") == 0) print_page(help);
+        if (word[0] != '-' || !word[1]) {
+            if (o.model) misuse("two models: '%s' and '%s'", o.model, word);
+            o.model = word;
+            continue;
         }
+        while (option < end && (word[1] != option->letter || word[2])) option++;
+        if (option == end) misuse("unknown option '%s'", word);
+        if (option->kind != SWITCH && ++i == argc) misuse("%s wants a value", word);
+        set_option(&o, option, argv[i]);
     }
     if (!o.model) misuse("no model");
     if (o.batch) o.mode = "batch";
@@ -4160,34 +4103,26 @@ static Options parse_options(int argc, char **argv) {
 
 static const struct Mode *find_mode(const char *name) {
     for (int i = 0; i < COUNT(modes); i++)
-        if (strcmp(name, modes[i].name) == 0)
-            return &modes[i];
+        if (strcmp(name, modes[i].name) == 0) return &modes[i];
     misuse("unknown mode '%s'", name);
 }
 
 // A mapped file that becomes shorter while it is read ends here.
 static void on_bus_error(int signal) {
     static const char text[] = "run: a file became shorter while it was being read\n";
-    (void)signal;
-    if (write(STDERR_FILENO, text, sizeof text - 1) < 0)
-        _exit(FAILED);  // nothing is left to say it with
+    (void)signal, (void)!write(STDERR_FILENO, text, sizeof text - 1);
     _exit(FAILED);
 }
 
 #ifndef TESTING
 int main(int argc, char **argv) {
+    static Session s;
     Options o = parse_options(argc, argv);
     const struct Mode *mode = find_mode(o.mode);
     signal(SIGBUS, on_bus_error);
     signal(SIGXFSZ, SIG_IGN);  // a file too large is an error of its write
-    o.seed_is_time = o.seed < 0;
-    o.seed = o.seed_is_time ? (int64_t)time(NULL) : o.seed;
-    static Session s;
     open_session(&s, &o);
-    s.out = open_output(o.output);
-    s.out_is_terminal = isatty(fileno(s.out.file));
     mode->run(&s);
-    close_output(&s.out);
     close_session(&s);
     return 0;
 }

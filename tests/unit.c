@@ -1577,15 +1577,15 @@ static void options_have_the_defaults_of_llama2c(void) {
     Options o = PARSED("m.bin");
     EXPECT_TEXT(o.model, strlen(o.model), "m.bin");
     EXPECT_TEXT(o.mode, strlen(o.mode), "generate");
-    EXPECT_NEAR(o.temperature, 1, 0);
-    EXPECT_NEAR(o.top_p, 0.9, 0);
+    EXPECT_NEAR(o.taste.temperature, 1, 0);
+    EXPECT_NEAR(o.taste.top_p, 0.9f, 0);
     EXPECT_INT(o.steps, 256);
 }
 
 static void every_option_sets_its_own_field_and_no_other(void) {
     Options o = PARSED("-t", "0.5", "m.bin", "-n", "7", "-i", "-", "-p", "1e-1", "-s", "0", "-v");
-    EXPECT_NEAR(o.temperature, 0.5, 0);
-    EXPECT_NEAR(o.top_p, 0.1, 0);
+    EXPECT_NEAR(o.taste.temperature, 0.5, 0);
+    EXPECT_NEAR(o.taste.top_p, 0.1f, 0);
     EXPECT_INT(o.steps, 7);
     EXPECT_INT(o.seed, 0);
     EXPECT(o.verbose && strcmp(o.prompt, "-") == 0 && !o.file && !o.output && o.threads == 0);
