@@ -737,8 +737,6 @@ static bool job_done(Pool *p) { return p->undone == 0; }
 static void relax(void) {
 #if defined __x86_64__
     _mm_pause();
-#elif defined __aarch64__
-    __asm__ volatile("yield");
 #endif
 }
 
@@ -805,9 +803,11 @@ static void parallel(Pool *p, int n, Work *work, void *job) {
 static void start_pool(Pool *p, int threads) {
     *p = (Pool){.threads = threads, .mutex = PTHREAD_MUTEX_INITIALIZER,
                 .begun = {0, PTHREAD_COND_INITIALIZER}, .finished = {0, PTHREAD_COND_INITIALIZER}};
+    hold_interrupt(true);  // threads inherit this: an interrupt is the caller's
     for (int i = 1; i < threads; i++)
         if (pthread_create(&p->workers[i], NULL, worker, p) != 0)
             die("thread %d of %d cannot be started; -j sets a smaller number", i + 1, threads);
+    hold_interrupt(false);
 }
 
 static void stop_pool(Pool *p) {
@@ -2958,7 +2958,7 @@ static void flush(Bytes *out, Decoder *d) {
 // are llama2.c's, so the same seed gives the same text.
 
 typedef struct { union { float p; uint32_t bits; }; int id; } Candidate;
-typedef struct { float temperature, top_p, min_p, penalty; int64_t top_k; } Taste;  // top_k 0: all
+typedef struct { double temperature, top_p, min_p, penalty, top_k; } Taste;  // top_k 0: all
 
 // xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact, 1 not reached.
 static float random_float(uint64_t *state) {
@@ -2980,11 +2980,10 @@ static int most_likely(const float *x, int n) {
 
 // Logits, divided by the temperature, to probabilities. Returns the sum of e^(logit - peak).
 static float softmax(float *x, int n, float temperature) {
-    f32v sum = spread(0);
-    for (int i = 0; i < n; i++) x[i] /= temperature;
-    f32v peak = spread(x[most_likely(x, n)]);
+    f32v sum = spread(0), heat = spread(temperature);
+    f32v peak = spread(x[most_likely(x, n)] / temperature);
     for (int i = 0; i < n; i += WIDTH) {
-        store_some(x + i, exponential(sub(load_some(x + i, n - i), peak)), n - i);
+        store_some(x + i, exponential(sub(over(load_some(x + i, n - i), heat), peak)), n - i);
         sum = add(sum, load_some(x + i, n - i));
     }
     float total = join(sum);
@@ -2995,22 +2994,20 @@ static float softmax(float *x, int n, float temperature) {
 // Falling probability; among equals the smaller id first, as each pass keeps the order it finds.
 // A pass for each byte of p, whose bits rise with it, as it is not negative. c has room for 2n.
 static void sort_candidates(Candidate *c, int n) {
-    Candidate *from = c, *to = c + n;
     for (int shift = 0; shift < 32; shift += 8) {
+        Candidate *from = shift % 16 ? c + n : c, *to = shift % 16 ? c : c + n;
         int at[256 + 1] = {0};
         for (int i = 0; i < n; i++) at[(~from[i].bits >> shift & 255) + 1]++;
         for (int b = 0; b < 256; b++) at[b + 1] += at[b];
         for (int i = 0; i < n; i++) to[at[~from[i].bits >> shift & 255]++] = from[i];
-        Candidate *sorted = to;
-        to = from, from = sorted;
     }
 }
 
 // What top-k, top-p and min-p leave of n probabilities, likeliest first; at least one.
 static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
-    float top_p = taste->top_p > 0 && taste->top_p < 1 ? taste->top_p : INFINITY;
+    float top_p = taste->top_p > 0 && taste->top_p < 1 ? (float)taste->top_p : INFINITY;
     float cutoff = taste->top_k ? 0 : (1 - top_p) / (float)(n - 1);  // below it nothing is in top-p
-    float sum = 0, whole = 1;
+    float sum = 0, whole = 1, min_p = (float)taste->min_p;
     int found = 0, kept = 0;
     for (int i = 0; i < n; i++)
         if (p[i] >= cutoff) c[found++] = (Candidate){.p = p[i], .id = i};
@@ -3021,7 +3018,7 @@ static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
         for (int i = 0; i < found; i++) whole += c[i].p;
     }
     for (; kept < found && !(sum > top_p * whole); sum += c[kept++].p)
-        if (c[kept].p < taste->min_p * c[0].p) break;
+        if (c[kept].p < min_p * c[0].p) break;
     return kept;
 }
 
@@ -3038,9 +3035,9 @@ static void penalize(float *logits, Candidate *old, const Tokens *text, float pe
 // The next token; the logits are used up. `text` is what the penalty looks back on.
 static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candidate *candidates,
                 const Tokens *text) {
-    if (taste->penalty != 1) penalize(logits, candidates, text, taste->penalty);
+    if (taste->penalty != 1) penalize(logits, candidates, text, (float)taste->penalty);
     if (taste->temperature == 0) return most_likely(logits, n);
-    softmax(logits, n, taste->temperature);
+    softmax(logits, n, (float)taste->temperature);
     float chance = random_float(state), sum = 0, running = 0;
     bool all = !taste->top_k && taste->min_p <= 0 && (taste->top_p <= 0 || taste->top_p >= 1);
     for (int i = 0; all && i < n; i++)
@@ -3056,9 +3053,9 @@ static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candi
 
 typedef struct {
     const char *model, *tokenizer, *mode, *prompt, *file, *system, *output, *type, *format, *batch;
+    const char *verbose;                                 // NULL: no
+    double steps, threads, context, seed, depth, width;  // whole; a negative seed is the time
     Taste taste;
-    int64_t steps, threads, context, seed, depth, width;  // a negative seed is the time's
-    bool verbose;
 } Options;
 
 typedef struct {
@@ -3086,7 +3083,8 @@ typedef struct {
 typedef enum { ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED, GOES_ON } Stop;
 
 static Text new_text(const Session *s, int slot) {
-    return (Text){.slot = slot, .random = s->seed, .decoder.tokenizer = &s->tokenizer};
+    uint64_t random = s->seed ? s->seed : 0x9e3779b97f4a7c15;  // xorshift would never leave 0
+    return (Text){.slot = slot, .random = random, .decoder.tokenizer = &s->tokenizer};
 }
 
 static void free_text(Text *t) {
@@ -3165,10 +3163,10 @@ static Stop reply(Session *s, Text *text, float *scores) {
 // Beside NAME.bin as NAME.tokenizer.bin, beside it as tokenizer.bin, or in the current folder.
 static char *find_tokenizer(const char *model) {
     const char *slash = strrchr(model, '/'), *name = slash ? slash + 1 : model;
-    const char *dot = strrchr(name, '.');
-    size_t length = strlen(model), room = length + sizeof ".tokenizer.bin";
+    const char *end = model + strlen(model), *dot = strrchr(name, '.');
+    size_t room = strlen(model) + sizeof ".tokenizer.bin";
     char *path = NEW(char, room);
-    snprintf(path, room, "%.*s.tokenizer.bin", (int)(dot ? (size_t)(dot - model) : length), model);
+    snprintf(path, room, "%.*s.tokenizer.bin", (int)((dot ? dot : end) - model), model);
     if (access(path, F_OK) != 0)
         snprintf(path, room, "%.*stokenizer.bin", (int)(name - model), model);
     if (access(path, F_OK) != 0) snprintf(path, room, "tokenizer.bin");
@@ -3198,27 +3196,6 @@ static void need_state(Session *s, int64_t enough, int n_slots, int logit_rows) 
     int batch = most(default_batch(c), most(n_slots, logit_rows));
     open_state(&s->state, &s->model, &s->pool, (Room){(int)context, n_slots, logit_rows, batch});
     s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
-}
-
-static void open_session(Session *s, const Options *o) {
-    *s = (Session){.options = o, .model = open_model(o->model)};
-    s->seed = (uint64_t)(o->seed < 0 ? time(NULL) : o->seed);
-    if (s->seed == 0) s->seed = 0x9e3779b97f4a7c15;  // xorshift would never leave 0
-    int worth = (int)(s->model.file.size >> 21);     // threads: 2 MB bring what one costs
-    hold_interrupt(true);  // threads inherit this: an interrupt is the main thread's
-    start_pool(&s->pool, o->threads ? (int)o->threads : most(1, least(usable_cores(), worth)));
-    hold_interrupt(false);
-    s->out = open_output(o->output);
-}
-
-static void close_session(Session *s) {
-    close_output(&s->out);
-    if (s->state.arena.at) close_state(&s->state);
-    stop_pool(&s->pool);
-    if (s->tokenizer_path) close_tokenizer(&s->tokenizer);
-    free(s->tokenizer_path);
-    free(s->candidates);
-    close_model(&s->model);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -4015,36 +3992,36 @@ static const struct Mode { const char *name, *does; void (*run)(Session *s); } m
     {"bench",      "measure the machine and what share of it is reached",    run_bench},
 };
 
-// One row an option: parsing, checking and the usage are all read from here.
-typedef enum { TEXT, WHOLE, REAL, SWITCH } Kind;
+// One row an option: parsing, checking and the usage are all read from here. TEXT of no value is a
+// switch; numbers have bounds.
+typedef enum { TEXT, WHOLE, REAL } Kind;
 #define TO(field) offsetof(Options, field)
 static const struct Option {
     char letter; Kind kind; const char *value, *does; size_t at; double least, most;
 } options[] = {
-    {'i', TEXT,   "TEXT", "prompt, - for standard input",                    TO(prompt), 0, 0},
-    {'f', TEXT,   "FILE", "prompt or token ids from a file",                 TO(file), 0, 0},
-    {'o', TEXT,   "FILE", "results go there (standard output)",              TO(output), 0, 0},
-    {'m', TEXT,   "MODE", "what to do, below",                               TO(mode), 0, 0},
-    {'z', TEXT,   "FILE", "tokenizer (NAME.tokenizer.bin, tokenizer.bin)",   TO(tokenizer), 0, 0},
-    {'n', WHOLE,  "N",    "tokens to generate (256)",                        TO(steps), 0, 1e9},
-    {'t', REAL,   "X",  "temperature, 0 takes the likeliest (1.0)", TO(taste.temperature), 0, 1e3},
-    {'p', REAL,   "X",    "top-p, 0 and 1: off (0.9)",                       TO(taste.top_p), 0, 1},
-    {'k', WHOLE,  "N",    "top-k, 0: off (0)",                             TO(taste.top_k), 0, 1e9},
-    {'l', REAL,   "X",    "min-p, 0: off (0)",                               TO(taste.min_p), 0, 1},
-    {'r', REAL,   "X",    "repetition penalty, 1: off (1.0)",         TO(taste.penalty), 1e-3, 1e3},
-    {'s', WHOLE,  "N",    "seed of the random numbers (time)",               TO(seed), 0, 9e15},
-    {'c', WHOLE,  "N",    "context in tokens (the model's)",                 TO(context), 1, 1e9},
-    {'j', WHOLE,  "N",    "threads (physical cores)",                  TO(threads), 1, MAX_THREADS},
-    {'y', TEXT,   "TEXT", "chat: system prompt",                             TO(system), 0, 0},
-    {'x', TEXT,   "NAME", "chat: format, if not the tokenizer's",            TO(format), 0, 0},
-    {'b', TEXT,   "FILE", "batch: prompts, one a line, - for standard input", TO(batch), 0, 0},
-    {'w', WHOLE,  "N",    "batch: prompts at once (8); logits: tokens at once", TO(width), 1, 1e6},
-    {'q', TEXT,   "TYPE", "quantize to q8 or q4",                            TO(type), 0, 0},
-    {'d', WHOLE,  "N",    "bench: depth of the second decoding",             TO(depth), 0, 1e9},
-    {'v', SWITCH, "",     "say more: errors of quantizing, ids that chat feeds", TO(verbose), 0, 0},
+    {'i', TEXT,  "TEXT", "prompt, - for standard input",                    TO(prompt), 0, 0},
+    {'f', TEXT,  "FILE", "prompt or token ids from a file",                 TO(file), 0, 0},
+    {'o', TEXT,  "FILE", "results go there (standard output)",              TO(output), 0, 0},
+    {'m', TEXT,  "MODE", "what to do, below",                               TO(mode), 0, 0},
+    {'z', TEXT,  "FILE", "tokenizer (NAME.tokenizer.bin, tokenizer.bin)",   TO(tokenizer), 0, 0},
+    {'n', WHOLE, "N",    "tokens to generate (256)",                        TO(steps), 0, 1e9},
+    {'t', REAL,  "X",    "temperature, 0 takes the likeliest (1.0)", TO(taste.temperature), 0, 1e3},
+    {'p', REAL,  "X",    "top-p, 0 and 1: off (0.9)",                       TO(taste.top_p), 0, 1},
+    {'k', WHOLE, "N",    "top-k, 0: off (0)",                              TO(taste.top_k), 0, 1e9},
+    {'l', REAL,  "X",    "min-p, 0: off (0)",                               TO(taste.min_p), 0, 1},
+    {'r', REAL,  "X",    "repetition penalty, 1: off (1.0)",          TO(taste.penalty), 1e-3, 1e3},
+    {'s', WHOLE, "N",    "seed of the random numbers (time)",               TO(seed), 0, 9e15},
+    {'c', WHOLE, "N",    "context in tokens (the model's)",                 TO(context), 1, 1e9},
+    {'j', WHOLE, "N",    "threads (physical cores)",                   TO(threads), 1, MAX_THREADS},
+    {'y', TEXT,  "TEXT", "chat: system prompt",                             TO(system), 0, 0},
+    {'x', TEXT,  "NAME", "chat: format, if not the tokenizer's",            TO(format), 0, 0},
+    {'b', TEXT,  "FILE", "batch: prompts, one a line, - for standard input", TO(batch), 0, 0},
+    {'w', WHOLE, "N",    "batch: prompts at once (8); logits: tokens at once", TO(width), 1, 1e6},
+    {'q', TEXT,  "TYPE", "quantize to q8 or q4",                            TO(type), 0, 0},
+    {'d', WHOLE, "N",    "bench: depth of the second decoding",             TO(depth), 0, 1e9},
+    {'v', TEXT,  "",     "say more: errors of quantizing, ids that chat feeds", TO(verbose), 0, 0},
 };
 
-__attribute__((noreturn))
 static void print_page(bool usage) {
     printf(usage ? "usage: ./run MODEL [options]\n\noptions\n" : "LLaMA-02 " VERSION "\n");
     for (int i = 0; usage && i < COUNT(options); i++)
@@ -4060,23 +4037,18 @@ static void print_page(bool usage) {
 // The value goes to the option's field; a number must be one to its end, and within the bounds.
 static void set_option(Options *o, const struct Option *option, const char *value) {
     void *at = (char *)o + option->at;
-    double v = 0;
     char *end;
     errno = 0;
-    switch (option->kind) {
-    case SWITCH: *(bool *)at = true; return;
-    case TEXT:   *(const char **)at = value; return;
-    case WHOLE:  v = (double)strtoll(value, &end, 10); break;
-    case REAL:   v = strtod(value, &end); break;
+    if (option->kind == TEXT) {
+        *(const char **)at = value;
+        return;
     }
+    double v = option->kind == WHOLE ? (double)strtoll(value, &end, 10) : strtof(value, &end);
     if (end == value || *end || errno || isspace((unsigned char)*value)
         || !(v >= option->least && v <= option->most))
         misuse("-%c wants a %snumber of %.10g to %.10g, not '%s'", option->letter,
                option->kind == WHOLE ? "whole " : "", option->least, option->most, value);
-    if (option->kind == REAL)
-        *(float *)at = (float)v;
-    else
-        *(int64_t *)at = (int64_t)v;  // exact: no bound is above 2^53
+    *(double *)at = v;
 }
 
 static Options parse_options(int argc, char **argv) {
@@ -4093,7 +4065,7 @@ static Options parse_options(int argc, char **argv) {
         }
         while (option < end && (word[1] != option->letter || word[2])) option++;
         if (option == end) misuse("unknown option '%s'", word);
-        if (option->kind != SWITCH && ++i == argc) misuse("%s wants a value", word);
+        if (*option->value && ++i == argc) misuse("%s wants a value", word);
         set_option(&o, option, argv[i]);
     }
     if (!o.model) misuse("no model");
@@ -4121,9 +4093,20 @@ int main(int argc, char **argv) {
     const struct Mode *mode = find_mode(o.mode);
     signal(SIGBUS, on_bus_error);
     signal(SIGXFSZ, SIG_IGN);  // a file too large is an error of its write
-    open_session(&s, &o);
+    s.options = &o;
+    s.seed = (uint64_t)(o.seed < 0 ? (double)time(NULL) : o.seed);
+    s.model = open_model(o.model);
+    int worth = (int)(s.model.file.size >> 21);  // threads: 2 MB of weights bring what one costs
+    start_pool(&s.pool, o.threads ? (int)o.threads : most(1, least(usable_cores(), worth)));
+    s.out = open_output(o.output);
     mode->run(&s);
-    close_session(&s);
+    close_output(&s.out);
+    stop_pool(&s.pool);
+    if (s.state.arena.at) close_state(&s.state);
+    if (s.tokenizer_path) close_tokenizer(&s.tokenizer);
+    free(s.tokenizer_path);
+    free(s.candidates);
+    close_model(&s.model);
     return 0;
 }
 #endif

@@ -256,9 +256,8 @@ static void try_text(const uint8_t *data, size_t n) {
 static void check_number(const Options *o, const struct Option *option) {
     const char *at = (const char *)o + option->at;
     Options usual = parse_options(2, (char *[]){"run", "model", NULL});
-    bool real = option->kind == REAL;
-    double v = real ? *(const float *)(const void *)at : (double)*(const int64_t *)(const void *)at;
-    bool left_out = memcmp(at, (char *)&usual + option->at, real ? 4 : 8) == 0;
+    double v = *(const double *)(const void *)at;
+    bool left_out = memcmp(at, (char *)&usual + option->at, 8) == 0;
     PROMISE(left_out || (v >= option->least && v <= option->most));
 }
 
