@@ -710,10 +710,9 @@ static void close_model(Model *m) {
 // away holds up what it has claimed and nothing else: one that never woke holds up nothing. Whoever
 // waits spins for a moment, as jobs follow each other closely, and then sleeps until a bell rings.
 
-typedef void Work(void *job, int thread, int first, int end);
-
 enum { MAX_THREADS = 1024, SPINS = 1 << 11 };
 
+typedef void Work(void *job, int thread, int first, int end);
 typedef struct { _Atomic int sleepers; pthread_cond_t rings; } Bell;
 
 // The ticket: its upper half counts the jobs, its lower the items that nobody has claimed yet. A
@@ -759,27 +758,24 @@ static void ring(Pool *p, Bell *bell) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-// Claim a share of what is left, smaller towards the end, and do it. False: nothing was left.
-static bool work_once(Pool *p, int thread) {
-    uint64_t ticket = p->ticket;
-    Work *work;
-    void *job;
-    int left, first, n;
-    do {
-        if ((left = (int)(uint32_t)ticket) == 0) return false;
-        n = most(1, left / (4 * p->threads));
-        work = p->work, job = p->job, first = p->items - left;
-    } while (!atomic_compare_exchange_weak(&p->ticket, &ticket, ticket - (uint64_t)n));
-    work(job, thread, first, first + n);
-    if (atomic_fetch_sub(&p->undone, n) == n) ring(p, &p->finished);
-    return true;
+// Claim a share of what is left, smaller towards the end, and do it, until nothing is left.
+static void work_on(Pool *p, int thread) {
+    for (uint64_t ticket = p->ticket; (uint32_t)ticket;) {
+        int left = (int)(uint32_t)ticket, n = most(1, left / (4 * p->threads));
+        int first = p->items - left;
+        Work *work = p->work;
+        void *job = p->job;
+        if (!atomic_compare_exchange_weak(&p->ticket, &ticket, ticket - (uint64_t)n)) continue;
+        work(job, thread, first, first + n);
+        if (atomic_fetch_sub(&p->undone, n) == n) ring(p, &p->finished);
+        ticket = p->ticket;
+    }
 }
 
 static void *worker(void *pool) {
     Pool *p = pool;
     int thread = 1 + atomic_fetch_add(&p->started, 1);
-    while (!p->closing)
-        if (!work_once(p, thread)) await(p, &p->begun, work_waits);
+    for (; !p->closing; await(p, &p->begun, work_waits)) work_on(p, thread);
     return NULL;
 }
 
@@ -796,7 +792,7 @@ static void parallel(Pool *p, int n, Work *work, void *job) {
     atomic_store_explicit(&p->undone, n, memory_order_relaxed);
     p->ticket = ((p->ticket >> 32) + 1) << 32 | (uint32_t)n;
     ring(p, &p->begun);
-    while (work_once(p, 0)) ;
+    work_on(p, 0);
     await(p, &p->finished, job_done);
 }
 
