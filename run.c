@@ -49,8 +49,6 @@
 #include <unistd.h>
 #if defined __linux__
 #include <sched.h>
-#elif defined __APPLE__
-#include <sys/sysctl.h>
 #endif
 #if defined __x86_64__
 #include <immintrin.h>
@@ -844,13 +842,7 @@ static int usable_cores(void) {
     return most(1, quota > 0 ? least(cores, (int)((quota + period - 1) / period)) : cores);
 }
 #else
-static int usable_cores(void) {
-    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
-#if defined __APPLE__
-    sysctlbyname("hw.perflevel0.physicalcpu", &cores, &(size_t){sizeof cores}, NULL, 0);  // fast
-#endif
-    return most(1, cores);
-}
+static int usable_cores(void) { return most(1, (int)sysconf(_SC_NPROCESSORS_ONLN)); }
 #endif
 
 // ------------------------------------------------------------------------------------------------
@@ -3106,7 +3098,6 @@ static float *catch_up(Session *s, Text *text) {
     Progress progress = start_progress("reading");
     int from = text->pos, all = (int)text->ids.n, n = 0;
     Step *steps = NEW(Step, least(s->state.batch, all - from));
-    assert(all > from && all <= s->state.context);
     for (; text->pos < all; text->pos += n) {
         n = least(s->state.batch, all - text->pos);
         for (int t = 0; t < n; t++)
@@ -4030,21 +4021,16 @@ static void print_page(bool usage) {
     exit(0);
 }
 
-// The value goes to the option's field; a number must be one to its end, and within the bounds.
-static void set_option(Options *o, const struct Option *option, const char *value) {
-    void *at = (char *)o + option->at;
+// A number to its very end, and within the option's bounds.
+static double parse_number(const struct Option *option, const char *text) {
     char *end;
     errno = 0;
-    if (option->kind == TEXT) {
-        *(const char **)at = value;
-        return;
-    }
-    double v = option->kind == WHOLE ? (double)strtoll(value, &end, 10) : strtof(value, &end);
-    if (end == value || *end || errno || isspace((unsigned char)*value)
+    double v = option->kind == WHOLE ? (double)strtoll(text, &end, 10) : strtof(text, &end);
+    if (end == text || *end || errno || isspace((unsigned char)*text)
         || !(v >= option->least && v <= option->most))
         misuse("-%c wants a %snumber of %.10g to %.10g, not '%s'", option->letter,
-               option->kind == WHOLE ? "whole " : "", option->least, option->most, value);
-    *(double *)at = v;
+               option->kind == WHOLE ? "whole " : "", option->least, option->most, text);
+    return v;
 }
 
 static Options parse_options(int argc, char **argv) {
@@ -4062,7 +4048,11 @@ static Options parse_options(int argc, char **argv) {
         while (option < end && (word[1] != option->letter || word[2])) option++;
         if (option == end) misuse("unknown option '%s'", word);
         if (*option->value && ++i == argc) misuse("%s wants a value", word);
-        set_option(&o, option, argv[i]);
+        void *at = (char *)&o + option->at;
+        if (option->kind == TEXT)
+            *(const char **)at = argv[i];
+        else
+            *(double *)at = parse_number(option, argv[i]);
     }
     if (!o.model) misuse("no model");
     if (o.batch) o.mode = "batch";
