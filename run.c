@@ -3175,13 +3175,12 @@ static void need_tokenizer(Session *s) {
 // Room for texts of as many tokens as the model or -c allows, or fewer where `enough` is less.
 static void need_state(Session *s, int64_t enough, int n_slots, int logit_rows) {
     const Config *c = &s->model.config;
-    int64_t context = s->options->context ? s->options->context : c->max_seq_len;
+    int context = s->options->context ? (int)s->options->context : c->max_seq_len;
     if (context > c->max_seq_len)
-        die("%s: the context is %d tokens, -c asks for %lld", s->model.file.path, c->max_seq_len,
-            (long long)context);
-    if (context > enough) context = enough;
+        die("the model's context is %d tokens, -c asks for %d", c->max_seq_len, context);
+    if (context > enough) context = (int)enough;
     int batch = most(default_batch(c), most(n_slots, logit_rows));
-    open_state(&s->state, &s->model, &s->pool, (Room){(int)context, n_slots, logit_rows, batch});
+    open_state(&s->state, &s->model, &s->pool, (Room){context, n_slots, logit_rows, batch});
     s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
 }
 
