@@ -33,9 +33,6 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#if defined __APPLE__
-#include <sys/sysctl.h>
-#endif
 #if defined __x86_64__
 #include <immintrin.h>
 #elif defined __aarch64__
@@ -527,188 +524,140 @@ static void close_model(Model *m) {
 //
 // A job is n items, claimed a few at a time from one atomic word, so a thread that the system takes
 // away holds up what it has claimed and nothing else: one that never woke holds up nothing. Whoever
-// waits spins for a moment, as jobs follow each other closely, and then sleeps.
+// waits spins for a moment, as jobs follow each other closely, and then sleeps until a bell rings.
+
+enum { MAX_THREADS = 1024, SPINS = 1 << 11 };
 
 typedef void Work(void *job, int thread, int first, int end);
+typedef struct { _Atomic int sleepers; pthread_cond_t rings; } Bell;
 
-enum { MAX_THREADS = 1024, MAX_ITEMS = (1 << 20) - 1 };
-
-// The word: 24 bits count the jobs, 20 the items of this job, 20 the items already claimed. A claim
-// is a compare-and-swap, so one prepared for an earlier job fails.
+// The ticket: its upper half counts the jobs, its lower the items that nobody has claimed yet. A
+// claim is a compare-and-swap, so one prepared for an earlier job fails.
 typedef struct {
     _Alignas(64) _Atomic uint64_t ticket;
-    _Alignas(64) _Atomic int done;     // items of this job
+    _Alignas(64) _Atomic int undone;  // items of this job
     _Alignas(64) _Atomic(Work *) work;
     _Atomic(void *) job;
+    _Atomic int items, started;       // of this job; workers that have taken their number
     _Atomic bool closing;
-    _Atomic int sleepers;              // workers asleep
-    _Atomic bool owner_sleeps;
-    _Atomic int born;                  // workers that have taken their number
-    int threads;                       // the caller of parallel() is one
-    pthread_t *workers;
+    int threads;                      // the caller of parallel() is one
+    pthread_t workers[MAX_THREADS];
     pthread_mutex_t mutex;
-    pthread_cond_t wake, finished;
+    Bell begun, finished;
 } Pool;
 
-static uint64_t new_ticket(uint64_t job, int items) { return job << 40 | (uint64_t)items << 20; }
-static int items_of(uint64_t ticket) { return (int)(ticket >> 20 & MAX_ITEMS); }
-static int claimed_of(uint64_t ticket) { return (int)(ticket & MAX_ITEMS); }
-static bool items_left(uint64_t ticket) { return claimed_of(ticket) < items_of(ticket); }
+static bool work_waits(Pool *p) { return (uint32_t)p->ticket || p->closing; }
+static bool job_done(Pool *p) { return p->undone == 0; }
 
 static void relax(void) {
 #if defined __x86_64__
     _mm_pause();
-#elif defined __aarch64__
-    __asm__ volatile("yield");
 #endif
 }
 
-// Claim a share of what is left, smaller towards the end, do it, and say so. False: nothing was
-// left.
-static bool work_once(Pool *p, int thread) {
-    uint64_t ticket = atomic_load(&p->ticket);
-    Work *work;
-    void *job;
-    int first, n;
-    do {
-        if (!items_left(ticket)) return false;
-        first = claimed_of(ticket);
-        n = most(1, (items_of(ticket) - first) / (4 * p->threads));
-        work = atomic_load_explicit(&p->work, memory_order_relaxed);
-        job = atomic_load_explicit(&p->job, memory_order_relaxed);
-    } while (!atomic_compare_exchange_weak(&p->ticket, &ticket, ticket + (uint64_t)n));
-    work(job, thread, first, first + n);
-    if (atomic_fetch_add(&p->done, n) + n == items_of(ticket) && atomic_load(&p->owner_sleeps)) {
-        pthread_mutex_lock(&p->mutex);
-        pthread_cond_signal(&p->finished);
-        pthread_mutex_unlock(&p->mutex);
-    }
-    return true;
-}
-
-static bool work_waits(Pool *p) { return items_left(atomic_load(&p->ticket)) || p->closing; }
-static bool job_done(Pool *p) { return atomic_load(&p->done) == items_of(atomic_load(&p->ticket)); }
-
-// Watch for a moment; true when it came.
-static bool spin(Pool *p, bool (*came)(Pool *)) {
-    enum { SPINS = 1 << 11 };
-    for (int i = 0; i < SPINS; i++) {
-        if (came(p)) return true;
-        relax();
-    }
-    return false;
-}
-
-static void *worker(void *argument) {
-    Pool *p = argument;
-    int thread = 1 + atomic_fetch_add(&p->born, 1);
-    while (!p->closing) {
-        if (work_once(p, thread) || spin(p, work_waits)) continue;
-        pthread_mutex_lock(&p->mutex);
-        p->sleepers++;
-        while (!work_waits(p)) pthread_cond_wait(&p->wake, &p->mutex);
-        p->sleepers--;
-        pthread_mutex_unlock(&p->mutex);
-    }
-    return NULL;
-}
-
-static void wake_workers(Pool *p) {
-    if (p->sleepers == 0) return;
+// Who comes to sleep is counted before looking again, and looked for after the change: of two that
+// pass each other at least one sees the other.
+static void await(Pool *p, Bell *bell, bool (*came)(Pool *)) {
+    for (int i = 0; i < SPINS && !came(p); i++) relax();
+    if (came(p)) return;
     pthread_mutex_lock(&p->mutex);
-    pthread_cond_broadcast(&p->wake);
+    bell->sleepers++;
+    while (!came(p)) pthread_cond_wait(&bell->rings, &p->mutex);
+    bell->sleepers--;
     pthread_mutex_unlock(&p->mutex);
+}
+
+static void ring(Pool *p, Bell *bell) {
+    if (bell->sleepers == 0) return;
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_broadcast(&bell->rings);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+// Claim a share of what is left, smaller towards the end, and do it, until nothing is left.
+static void work_on(Pool *p, int thread) {
+    for (uint64_t ticket = p->ticket; (uint32_t)ticket;) {
+        int left = (int)(uint32_t)ticket, n = most(1, left / (4 * p->threads));
+        int first = p->items - left;
+        Work *work = p->work;
+        void *job = p->job;
+        if (!atomic_compare_exchange_weak(&p->ticket, &ticket, ticket - (uint64_t)n)) continue;
+        work(job, thread, first, first + n);
+        if (atomic_fetch_sub(&p->undone, n) == n) ring(p, &p->finished);
+        ticket = p->ticket;
+    }
+}
+
+static void *worker(void *pool) {
+    Pool *p = pool;
+    int thread = 1 + atomic_fetch_add(&p->started, 1);
+    for (; !p->closing; await(p, &p->begun, work_waits)) work_on(p, thread);
+    return NULL;
 }
 
 // Do items 0 to n of a job on all threads; returns when all are done. Which thread does which items
 // is chance, so results must not depend on it.
 static void parallel(Pool *p, int n, Work *work, void *job) {
-    assert(n >= 0 && n <= MAX_ITEMS);
     if (p->threads == 1 || n <= 1) {
         if (n) work(job, 0, 0, n);
         return;
     }
-    atomic_store_explicit(&p->work, work, memory_order_relaxed);
+    atomic_store_explicit(&p->work, work, memory_order_relaxed);  // the ticket makes them known
     atomic_store_explicit(&p->job, job, memory_order_relaxed);
-    atomic_store(&p->done, 0);
-    atomic_store(&p->ticket, new_ticket((atomic_load(&p->ticket) >> 40) + 1, n));
-    wake_workers(p);
-    while (work_once(p, 0)) ;
-    if (spin(p, job_done)) return;
-    pthread_mutex_lock(&p->mutex);
-    p->owner_sleeps = true;
-    while (!job_done(p)) pthread_cond_wait(&p->finished, &p->mutex);
-    p->owner_sleeps = false;
-    pthread_mutex_unlock(&p->mutex);
+    atomic_store_explicit(&p->items, n, memory_order_relaxed);
+    atomic_store_explicit(&p->undone, n, memory_order_relaxed);
+    p->ticket = ((p->ticket >> 32) + 1) << 32 | (uint32_t)n;
+    ring(p, &p->begun);
+    work_on(p, 0);
+    await(p, &p->finished, job_done);
 }
 
 static void start_pool(Pool *p, int threads) {
-    *p = (Pool){.threads = 1, .workers = NEW(pthread_t, threads)};
-    pthread_mutex_init(&p->mutex, NULL);
-    pthread_cond_init(&p->wake, NULL);
-    pthread_cond_init(&p->finished, NULL);
-    p->threads = threads;
+    *p = (Pool){.threads = threads, .mutex = PTHREAD_MUTEX_INITIALIZER,
+                .begun = {0, PTHREAD_COND_INITIALIZER}, .finished = {0, PTHREAD_COND_INITIALIZER}};
+    hold_interrupt(true);  // threads inherit this: an interrupt is the caller's
     for (int i = 1; i < threads; i++)
         if (pthread_create(&p->workers[i], NULL, worker, p) != 0)
             die("thread %d of %d cannot be started; -j sets a smaller number", i + 1, threads);
+    hold_interrupt(false);
 }
 
 static void stop_pool(Pool *p) {
-    pthread_mutex_lock(&p->mutex);
     p->closing = true;
-    pthread_cond_broadcast(&p->wake);
-    pthread_mutex_unlock(&p->mutex);
+    ring(p, &p->begun);
     for (int i = 1; i < p->threads; i++) pthread_join(p->workers[i], NULL);
-    free(p->workers);
 }
 
 #if defined __linux__
-// The first number in a file of the system, or `otherwise`.
-static long read_number(const char *path, long otherwise) {
-    long v = otherwise;
+// The number that `format` finds in a file of the system, or `otherwise`.
+static long read_number(const char *path, const char *format, long otherwise) {
     FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%ld", &v) != 1) v = otherwise;
+    long v;
+    if (!f || fscanf(f, format, &v) != 1) v = otherwise;
     if (f) fclose(f);
     return v;
 }
 
-// Cores that the control group's quota pays for, rounded up.
-static int quota_cores(void) {
-    long quota = -1, period = 0;
-    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");  // version 2: "max 100000" or "150000 100000"
-    if (f && fscanf(f, "%ld %ld", &quota, &period) != 2) quota = -1;
-    if (f) {
-        fclose(f);
-    } else {
-        quota = read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", -1);
-        period = read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us", 0);
-    }
-    return quota > 0 && period > 0 ? (int)((quota + period - 1) / period) : INT_MAX;
-}
-
-// Physical cores this process may use: of the hyper-threads of a core only the first is counted,
-// and only if it is allowed (or is the first allowed one).
+// Physical cores this process may use: of the hyper-threads of a core only the first is counted
+// (or all that are allowed without it), and no more than the control group's quota pays for.
 static int usable_cores(void) {
+    static const char group[] = "/sys/fs/cgroup/cpu.max";  // "max 100000" or "150000 100000"
+    long quota = read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%ld", -1);  // version 1
+    long period = read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%ld", 100000);
+    int cores = 0;
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
-    int cores = 0;
     for (int i = 0; i < CPU_SETSIZE; i++) {
         char path[96];
-        snprintf(path, sizeof path,
-                 "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", i);
         if (!CPU_ISSET(i, &allowed)) continue;
-        long first = read_number(path, i);
-        cores += first == i || first < 0 || first >= CPU_SETSIZE || !CPU_ISSET(first, &allowed);
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/%s", i,
+                 "thread_siblings_list");
+        long first = read_number(path, "%ld", i);
+        cores += first == i || !CPU_ISSET(first, &allowed);  // false for any long out of range
     }
-    return most(1, least(cores, quota_cores()));
-}
-#elif defined __APPLE__
-static int usable_cores(void) {
-    int cores = 1;
-    size_t size = sizeof cores;
-    if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, NULL, 0) != 0)
-        sysctlbyname("hw.physicalcpu", &cores, &size, NULL, 0);
-    return most(1, cores);
+    quota = read_number(group, "%ld", quota);
+    period = read_number(group, "%*s %ld", period);
+    return most(1, quota > 0 ? least(cores, (int)((quota + period - 1) / period)) : cores);
 }
 #else
 static int usable_cores(void) { return most(1, (int)sysconf(_SC_NPROCESSORS_ONLN)); }
@@ -2814,15 +2763,10 @@ static void flush(Bytes *out, Decoder *d) {
 // (Holtzman et al. 2020), min-p. With only temperature and top-p the rule and its random numbers
 // are llama2.c's, so the same seed gives the same text.
 
-typedef struct { float p; int id; } Candidate;
+typedef struct { union { float p; uint32_t bits; }; int id; } Candidate;
+typedef struct { double temperature, top_p, min_p, penalty, top_k; } Taste;  // top_k 0: all
 
-typedef struct {
-    float temperature, top_p, min_p, penalty;
-    int top_k;  // 0: all
-} Taste;
-
-// xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact and 1 not
-// reached.
+// xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact, 1 not reached.
 static float random_float(uint64_t *state) {
     *state ^= *state >> 12;
     *state ^= *state << 25;
@@ -2830,30 +2774,22 @@ static float random_float(uint64_t *state) {
     return (float)(uint32_t)((*state * 0x2545f4914f6cdd1dull) >> 32 >> 8) * 0x1p-24f;
 }
 
-static int most_likely(const float *logits, int n) {
+// The first of the largest. A vector at a time, few of which hold anything larger.
+static int most_likely(const float *x, int n) {
     int best = 0;
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[best])
-            best = i;
+    for (int first = 0; first < n; first += WIDTH)
+        if (greatest(load_some(x + first, n - first)) > x[best])
+            for (int i = first; i < least(first + WIDTH, n); i++)
+                if (x[i] > x[best]) best = i;
     return best;
-}
-
-static float peak_of(const float *x, int n) {
-    f32v peaks = spread(-INFINITY);
-    int whole = n / WIDTH * WIDTH;
-    for (int i = 0; i < whole; i += WIDTH) peaks = greater_of(peaks, load_f32(x + i));
-    float peak = greatest(peaks);
-    for (int i = whole; i < n; i++) peak = x[i] > peak ? x[i] : peak;
-    return peak;
 }
 
 // Logits, divided by the temperature, to probabilities. Returns the sum of e^(logit - peak).
 static float softmax(float *x, int n, float temperature) {
-    f32v sum = spread(0);
-    for (int i = 0; i < n; i++) x[i] /= temperature;
-    f32v peak = spread(peak_of(x, n));
+    f32v sum = spread(0), heat = spread(temperature);
+    f32v peak = spread(x[most_likely(x, n)] / temperature);
     for (int i = 0; i < n; i += WIDTH) {
-        store_some(x + i, exponential(sub(load_some(x + i, n - i), peak)), n - i);
+        store_some(x + i, exponential(sub(over(load_some(x + i, n - i), heat), peak)), n - i);
         sum = add(sum, load_some(x + i, n - i));
     }
     float total = join(sum);
@@ -2861,33 +2797,34 @@ static float softmax(float *x, int n, float temperature) {
     return total;
 }
 
-// Falling probability; among equals the smaller id first.
-static int by_probability(const void *a, const void *b) {
-    const Candidate *x = a, *y = b;
-    return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : (x->id > y->id) - (x->id < y->id);
+// Falling probability; among equals the smaller id first, as each pass keeps the order it finds.
+// A pass for each byte of p, whose bits rise with it, as it is not negative. c has room for 2n.
+static void sort_candidates(Candidate *c, int n) {
+    for (int shift = 0; shift < 32; shift += 8) {
+        Candidate *from = shift % 16 ? c + n : c, *to = shift % 16 ? c : c + n;
+        int at[256 + 1] = {0};
+        for (int i = 0; i < n; i++) at[(~from[i].bits >> shift & 255) + 1]++;
+        for (int b = 0; b < 256; b++) at[b + 1] += at[b];
+        for (int i = 0; i < n; i++) to[at[~from[i].bits >> shift & 255]++] = from[i];
+    }
 }
 
 // What top-k, top-p and min-p leave of n probabilities, likeliest first; at least one.
 static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
-    bool nucleus = taste->top_p > 0 && taste->top_p < 1;
-    float cutoff = 0, whole = 1;
-    if (nucleus && !taste->top_k)  // below it nothing can be among the likeliest
-        cutoff = (1 - taste->top_p) / (float)(n - 1);
-    int kept = 0;
+    float top_p = taste->top_p > 0 && taste->top_p < 1 ? (float)taste->top_p : INFINITY;
+    float cutoff = taste->top_k ? 0 : (1 - top_p) / (float)(n - 1);  // below it nothing is in top-p
+    float sum = 0, whole = 1, min_p = (float)taste->min_p;
+    int found = 0, kept = 0;
     for (int i = 0; i < n; i++)
-        if (p[i] >= cutoff)
-            c[kept++] = (Candidate){p[i], i};
-    if (kept == 0) c[kept++] = (Candidate){1, most_likely(p, n)};
-    qsort(c, (size_t)kept, sizeof *c, by_probability);
-    if (taste->top_k && taste->top_k < kept) {
-        kept = taste->top_k, whole = 0;
-        for (int i = 0; i < kept; i++) whole += c[i].p;
+        if (p[i] >= cutoff) c[found++] = (Candidate){.p = p[i], .id = i};
+    if (found == 0) c[found++] = (Candidate){.p = 1, .id = most_likely(p, n)};
+    sort_candidates(c, found);
+    if (taste->top_k && taste->top_k < found) {
+        found = (int)taste->top_k, whole = 0;
+        for (int i = 0; i < found; i++) whole += c[i].p;
     }
-    float sum = 0;
-    for (int i = 0; nucleus && i < kept; i++)
-        if ((sum += c[i].p) > taste->top_p * whole)
-            kept = i + 1;
-    while (kept > 1 && c[kept - 1].p < taste->min_p * c[0].p) kept--;
+    for (; kept < found && !(sum > top_p * whole); sum += c[kept++].p)
+        if (c[kept].p < min_p * c[0].p) break;
     return kept;
 }
 
@@ -2896,33 +2833,25 @@ static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
 static void penalize(float *logits, Candidate *old, const Tokens *text, float penalty) {
     for (size_t i = 0; i < text->n; i++) old[text->at[i]].p = logits[text->at[i]];
     for (size_t i = 0; i < text->n; i++) {
-        float before = old[text->at[i]].p;
-        logits[text->at[i]] = before > 0 ? before / penalty : before * penalty;
+        float was = old[text->at[i]].p;
+        logits[text->at[i]] = was > 0 ? was / penalty : was * penalty;
     }
 }
 
 // The next token; the logits are used up. `text` is what the penalty looks back on.
 static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candidate *candidates,
                 const Tokens *text) {
-    if (taste->penalty != 1) penalize(logits, candidates, text, taste->penalty);
+    if (taste->penalty != 1) penalize(logits, candidates, text, (float)taste->penalty);
     if (taste->temperature == 0) return most_likely(logits, n);
-    softmax(logits, n, taste->temperature);
-    float chance = random_float(state), sum = 0;
-    bool whole = !taste->top_k && taste->min_p <= 0 && (taste->top_p <= 0 || taste->top_p >= 1);
-    if (whole) {
-        for (int i = 0; i < n; i++)
-            if ((sum += logits[i]) > chance)
-                return i;
-        return n - 1;
-    }
-    int kept = shortlist(candidates, logits, n, taste);
-    for (int i = 0; i < kept; i++) sum += candidates[i].p;
-    float reach = chance * sum;
-    sum = 0;
-    for (int i = 0; i < kept; i++)
-        if ((sum += candidates[i].p) > reach)
-            return candidates[i].id;
-    return candidates[kept - 1].id;
+    softmax(logits, n, (float)taste->temperature);
+    float chance = random_float(state), sum = 0, running = 0;
+    bool all = !taste->top_k && taste->min_p <= 0 && (taste->top_p <= 0 || taste->top_p >= 1);
+    for (int i = 0; all && i < n; i++)
+        if ((running += logits[i]) > chance || i == n - 1) return i;
+    int kept = shortlist(candidates, logits, n, taste), i = 0;
+    for (int k = 0; k < kept; k++) sum += candidates[k].p;
+    while (!((running += candidates[i].p) > chance * sum) && i < kept - 1) i++;
+    return candidates[i].id;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2930,9 +2859,9 @@ static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candi
 
 typedef struct {
     const char *model, *tokenizer, *mode, *prompt, *file, *system, *output, *type, *format, *batch;
-    double temperature, top_p, min_p, penalty;
-    int64_t steps, threads, context, seed, top_k, depth, width;
-    bool verbose, seed_is_time;
+    const char *verbose;                                 // NULL: no
+    double steps, threads, context, seed, depth, width;  // whole; a negative seed is the time
+    Taste taste;
 } Options;
 
 typedef struct {
@@ -2940,36 +2869,28 @@ typedef struct {
     Model model;
     Pool pool;
     State state;
-    char *tokenizer_path;   // NULL: none is open
+    char *tokenizer_path;
     Tokenizer tokenizer;
-    Candidate *candidates;  // (vocab)
-    Taste taste;
+    Candidate *candidates;  // (2, vocab)
+    uint64_t seed;
     Output out;
-    bool out_is_terminal;
 } Session;
 
 // One text in one slot of the cache.
 typedef struct {
-    int slot;
-    Tokens ids;      // all of it
-    int pos;         // how many of them are in the cache
+    int slot, pos;   // the first pos of its tokens are in the cache
+    Tokens ids;
     uint64_t random;
     Decoder decoder;
     Bytes ready;     // characters that are complete but not written
     int64_t made;    // tokens of the last reply
 } Text;
 
-typedef enum { ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED } Stop;
+typedef enum { ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED, GOES_ON } Stop;
 
 static Text new_text(const Session *s, int slot) {
-    // xorshift never leaves state 0, so seed 0 stands for another
-    uint64_t seed = s->options->seed ? (uint64_t)s->options->seed : 0x9e3779b97f4a7c15ull;
-    return (Text){.slot = slot, .random = seed, .decoder.tokenizer = &s->tokenizer};
-}
-
-static void say_seed(const Session *s) {
-    if (s->options->temperature > 0 && s->options->seed_is_time)
-        fprintf(stderr, "seed %lld\n", (long long)s->options->seed);
+    uint64_t random = s->seed ? s->seed : 0x9e3779b97f4a7c15;  // xorshift would never leave 0
+    return (Text){.slot = slot, .random = random, .decoder.tokenizer = &s->tokenizer};
 }
 
 static void free_text(Text *t) {
@@ -2977,81 +2898,80 @@ static void free_text(Text *t) {
     free(t->ready.at);
 }
 
-// The text goes on with the tokens of n bytes, after BOS if it is at its beginning and the model
-// wants one. What is said this way is part of what a decoder sees.
+static void say_seed(const Session *s) {
+    if (s->options->taste.temperature > 0 && s->options->seed < 0)
+        fprintf(stderr, "seed %lld\n", (long long)s->seed);
+}
+
+// The text begins with the tokens of n bytes, after BOS if the model wants one.
 static void feed(Session *s, Text *text, const char *words, size_t n) {
-    if (text->ids.n == 0 && s->tokenizer.header.bos >= 0 && s->tokenizer.header.flags & ADDS_BOS)
-        push(&text->ids, s->tokenizer.header.bos);
+    const TokenizerHeader *h = &s->tokenizer.header;
+    if (h->bos >= 0 && h->flags & ADDS_BOS) push(&text->ids, h->bos);
     encode(&text->ids, &s->tokenizer, words, n);
 }
 
 // Run what the cache does not hold yet through the model, a batch at a time. Returns the logits of
 // what may follow.
 static float *catch_up(Session *s, Text *text) {
-    State *state = &s->state;
     Progress progress = start_progress("reading");
     int from = text->pos, all = (int)text->ids.n, n = 0;
-    Step *steps = NEW(Step, least(state->batch, all - from));
-    assert(all > from && all <= state->context);
+    Step *steps = NEW(Step, least(s->state.batch, all - from));
     for (; text->pos < all; text->pos += n) {
-        n = least(state->batch, all - text->pos);
+        n = least(s->state.batch, all - text->pos);
         for (int t = 0; t < n; t++)
             steps[t] = (Step){text->ids.at[text->pos + t], text->slot, text->pos + t};
-        forward(state, steps, n);
+        forward(&s->state, steps, n);
         show_progress(&progress, text->pos + n - from, all - from);
     }
     end_progress(&progress);
     free(steps);
-    return logits(state, n - 1, 1);
+    return logits(&s->state, n - 1, 1);
 }
 
 // A model's words must not steer a terminal.
 static void disarm(Bytes *b) {
     for (size_t i = 0; i < b->n; i++)
-        if (iscntrl((unsigned char)b->at[i]) && !strchr("\n\t", b->at[i]))
-            b->at[i] = '?';
+        if (iscntrl((unsigned char)b->at[i]) && !strchr("\n\t", b->at[i])) b->at[i] = '?';
 }
 
 // Write what is ready, and send it off so that it is seen at once.
 static void show_ready(Session *s, Text *text) {
-    if (s->out_is_terminal) disarm(&text->ready);
+    if (isatty(fileno(s->out.file))) disarm(&text->ready);
     write_bytes(&s->out, text->ready.at, text->ready.n);
-    if (text->ready.n && fflush(s->out.file) != 0) fail_output(&s->out);
+    if (fflush(s->out.file) != 0) fail_output(&s->out);
     text->ready.n = 0;
 }
 
-// Sample the next token. False: it ends the text and is no part of it.
-static bool extend(Session *s, Text *text, float *scores) {
-    int id = pick(scores, s->model.config.vocab_size, &s->taste, &text->random, s->candidates,
-                  &text->ids);
-    if (ends_text(&s->tokenizer, id)) return false;
+// Sample the next token. One that ends the text is no part of it.
+static Stop extend(Session *s, Text *text, float *scores) {
+    int id = pick(scores, s->model.config.vocab_size, &s->options->taste, &text->random,
+                  s->candidates, &text->ids);
+    if (ends_text(&s->tokenizer, id)) return ENDED;
     push(&text->ids, id);
     decode(&text->ready, &text->decoder, id);
-    text->made++;
-    return true;
+    if (++text->made >= s->options->steps) return REACHED_LIMIT;
+    return (int)text->ids.n > s->state.context ? CONTEXT_FULL : GOES_ON;
 }
 
-// Sample and write tokens until the model ends, `limit` are out or the context is full. `scores`
-// are those of a catch_up().
-static Stop reply(Session *s, Text *text, float *scores, int64_t limit) {
-    for (text->made = 0; text->made < limit; scores = catch_up(s, text)) {
-        if (interrupt_waits()) return INTERRUPTED;
-        if (!extend(s, text, scores)) return ENDED;
+// Sample and write tokens until one ends the text, -n are out or the context is full. `scores` are
+// those of a catch_up().
+static Stop reply(Session *s, Text *text, float *scores) {
+    Stop stop = s->options->steps ? GOES_ON : REACHED_LIMIT;
+    for (text->made = 0; stop == GOES_ON;) {
+        if (text->made) scores = catch_up(s, text);
+        stop = interrupt_waits() ? INTERRUPTED : extend(s, text, scores);
         show_ready(s, text);
-        if (text->made == limit) break;
-        if ((int)text->ids.n > s->state.context) return CONTEXT_FULL;
     }
-    return REACHED_LIMIT;
+    return stop;
 }
 
 // Beside NAME.bin as NAME.tokenizer.bin, beside it as tokenizer.bin, or in the current folder.
 static char *find_tokenizer(const char *model) {
     const char *slash = strrchr(model, '/'), *name = slash ? slash + 1 : model;
-    const char *dot = strrchr(name, '.');
-    int stem = dot ? (int)(dot - model) : (int)strlen(model);
+    const char *end = model + strlen(model), *dot = strrchr(name, '.');
     size_t room = strlen(model) + sizeof ".tokenizer.bin";
     char *path = NEW(char, room);
-    snprintf(path, room, "%.*s.tokenizer.bin", stem, model);
+    snprintf(path, room, "%.*s.tokenizer.bin", (int)((dot ? dot : end) - model), model);
     if (access(path, F_OK) != 0)
         snprintf(path, room, "%.*stokenizer.bin", (int)(name - model), model);
     if (access(path, F_OK) != 0) snprintf(path, room, "tokenizer.bin");
@@ -3060,54 +2980,26 @@ static char *find_tokenizer(const char *model) {
     return path;
 }
 
-// Threads that a model is worth: below about 2 MB of weights each, they cost more than they bring.
-static int useful_threads(const Model *m) {
-    size_t worth = m->file.size / (2 << 20);
-    return worth < 1 ? 1 : worth > MAX_THREADS ? MAX_THREADS : (int)worth;
-}
-
-static void open_session(Session *s, const Options *o) {
-    *s = (Session){.options = o, .model = open_model(o->model)};
-    s->taste = (Taste){(float)o->temperature, (float)o->top_p, (float)o->min_p, (float)o->penalty,
-                       (int)o->top_k};
-    int threads = o->threads ? (int)o->threads : least(usable_cores(), useful_threads(&s->model));
-    hold_interrupt(true);  // threads inherit this: an interrupt is the main thread's
-    start_pool(&s->pool, threads);
-    hold_interrupt(false);
-}
-
 static void need_tokenizer(Session *s) {
     const char *named = s->options->tokenizer;
     int vocab = s->model.config.vocab_size;
     s->tokenizer_path = named ? strdup(named) : find_tokenizer(s->options->model);
     s->tokenizer = open_tokenizer(s->tokenizer_path, vocab);
-    if (!named && strcmp(s->tokenizer_path, "tokenizer.bin") == 0
-        && s->tokenizer.header.n_tokens != (uint32_t)vocab)
-        die("tokenizer.bin has %u tokens, the model %d: -z names the model's own",
-            s->tokenizer.header.n_tokens, vocab);
+    int size = (int)s->tokenizer.header.n_tokens;
+    if (!named && strcmp(s->tokenizer_path, "tokenizer.bin") == 0 && size != vocab)
+        die("tokenizer.bin has %d tokens, the model %d: -z names the model's own", size, vocab);
 }
 
-// Room for texts of as many tokens as the model or -c allows, or fewer where `most_tokens` is
-// enough.
-static void need_state(Session *s, int64_t most_tokens, int n_slots, int logit_rows) {
+// Room for texts of as many tokens as the model or -c allows, or fewer where `enough` is less.
+static void need_state(Session *s, int64_t enough, int n_slots, int logit_rows) {
     const Config *c = &s->model.config;
-    int64_t context = s->options->context ? s->options->context : c->max_seq_len;
+    int context = s->options->context ? (int)s->options->context : c->max_seq_len;
     if (context > c->max_seq_len)
-        die("%s: the context is %d tokens, -c asks for %lld", s->model.file.path, c->max_seq_len,
-            (long long)context);
-    context = context < most_tokens ? context : most_tokens;
+        die("the model's context is %d tokens, -c asks for %d", c->max_seq_len, context);
+    if (context > enough) context = (int)enough;
     int batch = most(default_batch(c), most(n_slots, logit_rows));
-    open_state(&s->state, &s->model, &s->pool, (Room){(int)context, n_slots, logit_rows, batch});
-    s->candidates = NEW(Candidate, c->vocab_size);
-}
-
-static void close_session(Session *s) {
-    if (s->state.arena.at) close_state(&s->state);
-    stop_pool(&s->pool);
-    if (s->tokenizer_path) close_tokenizer(&s->tokenizer);
-    free(s->tokenizer_path);
-    free(s->candidates);
-    close_model(&s->model);
+    open_state(&s->state, &s->model, &s->pool, (Room){context, n_slots, logit_rows, batch});
+    s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -3153,7 +3045,7 @@ static void run_generate(Session *s) {
     float *scores = catch_up(s, &text);
     double middle = seconds();
     show_ready(s, &text);
-    Stop stop = reply(s, &text, scores, o->steps);
+    Stop stop = reply(s, &text, scores);
     double end = seconds();
     end_line(s, &text);
     if (stop == CONTEXT_FULL)
@@ -3269,7 +3161,7 @@ static void talk(Session *s, Text *text, const struct Format *f, Bytes message) 
     }
     text->decoder = (Decoder){.tokenizer = &s->tokenizer};
     hold_interrupt(true);
-    Stop stop = reply(s, text, catch_up(s, text), s->options->steps);
+    Stop stop = reply(s, text, catch_up(s, text));
     if (stop == INTERRUPTED) take_interrupt();
     hold_interrupt(false);
     end_line(s, text);
@@ -3365,7 +3257,7 @@ static void score_text(Session *s, Judge *judge, void *sums) {
 
 // Natural logarithm of the probability that logits give to a token; they become probabilities.
 static double log_probability(float *scores, int n, int id) {
-    double above = (double)scores[id] - (double)peak_of(scores, n);
+    double above = (double)scores[id] - (double)scores[most_likely(scores, n)];
     return above - log((double)softmax(scores, n, 1));
 }
 
@@ -3469,12 +3361,8 @@ static void write_results(Session *s, Queue *q) {
 // One more token for a task, from the logits before it; the task is finished when that was its
 // last.
 static void extend_task(Session *s, Queue *q, Task *t, float *scores) {
-    if (!extend(s, &t->text, scores))
-        finish_task(q, t, ENDED);
-    else if (t->text.made >= s->options->steps)
-        finish_task(q, t, REACHED_LIMIT);
-    else if ((int)t->text.ids.n > s->state.context)
-        finish_task(q, t, CONTEXT_FULL);
+    Stop stop = extend(s, &t->text, scores);
+    if (stop != GOES_ON) finish_task(q, t, stop);
 }
 
 // The next line as a task in a free slot; false: there are no more.
@@ -3894,10 +3782,7 @@ static void run_bench(Session *s) {
 // ------------------------------------------------------------------------------------------------
 // 13. The command line
 
-static const struct Mode {
-    const char *name, *does;
-    void (*run)(Session *s);
-} modes[] = {
+static const struct Mode { const char *name, *does; void (*run)(Session *s); } modes[] = {
     {"generate",   "continue the prompt (default)",                          run_generate},
     {"chat",       "talk: turns from -i and standard input",               run_chat},
     {"batch",      "complete the lines of -b, JSON lines out",             run_batch},
@@ -3910,111 +3795,80 @@ static const struct Mode {
     {"bench",      "measure the machine and what share of it is reached",    run_bench},
 };
 
-// One row an option: parsing, checking and the usage are all read from here.
-typedef enum { TEXT, WHOLE, REAL, SWITCH } Kind;
+// One row an option: parsing, checking and the usage are all read from here. TEXT of no value is a
+// switch; numbers have bounds.
+typedef enum { TEXT, WHOLE, REAL } Kind;
 #define TO(field) offsetof(Options, field)
 static const struct Option {
-    char letter;
-    Kind kind;
-    const char *value, *does;
-    size_t at;
-    double least, most;
+    char letter; Kind kind; const char *value, *does; size_t at; double least, most;
 } options[] = {
-    {'i', TEXT,   "TEXT", "prompt, - for standard input",                    TO(prompt), 0, 0},
-    {'f', TEXT,   "FILE", "prompt or token ids from a file",                 TO(file), 0, 0},
-    {'o', TEXT,   "FILE", "results go there (standard output)",              TO(output), 0, 0},
-    {'m', TEXT,   "MODE", "what to do, below",                               TO(mode), 0, 0},
-    {'z', TEXT,   "FILE", "tokenizer (NAME.tokenizer.bin, tokenizer.bin)",   TO(tokenizer), 0, 0},
-    {'n', WHOLE,  "N",    "tokens to generate (256)",                        TO(steps), 0, 1e9},
-    {'t', REAL,   "X",    "temperature, 0 takes the likeliest (1.0)",      TO(temperature), 0, 1e3},
-    {'p', REAL,   "X",    "top-p, 0 and 1: off (0.9)",                       TO(top_p), 0, 1},
-    {'k', WHOLE,  "N",    "top-k, 0: off (0)",                               TO(top_k), 0, 1e9},
-    {'l', REAL,   "X",    "min-p, 0: off (0)",                               TO(min_p), 0, 1},
-    {'r', REAL,   "X",    "repetition penalty, 1: off (1.0)",               TO(penalty), 1e-3, 1e3},
-    {'s', WHOLE,  "N",    "seed of the random numbers (time)",               TO(seed), 0, 9e15},
-    {'c', WHOLE,  "N",    "context in tokens (the model's)",                 TO(context), 1, 1e9},
-    {'j', WHOLE,  "N",    "threads (physical cores)",                  TO(threads), 1, MAX_THREADS},
-    {'y', TEXT,   "TEXT", "chat: system prompt",                             TO(system), 0, 0},
-    {'x', TEXT,   "NAME", "chat: format, if not the tokenizer's",            TO(format), 0, 0},
-    {'b', TEXT,   "FILE", "batch: prompts, one a line, - for standard input", TO(batch), 0, 0},
-    {'w', WHOLE,  "N",    "batch: prompts at once (8); logits: tokens at once", TO(width), 1, 1e6},
-    {'q', TEXT,   "TYPE", "quantize to q8 or q4",                            TO(type), 0, 0},
-    {'d', WHOLE,  "N",    "bench: depth of the second decoding",             TO(depth), 0, 1e9},
-    {'v', SWITCH, "",     "say more: errors of quantizing, ids that chat feeds", TO(verbose), 0, 0},
+    {'i', TEXT,  "TEXT", "prompt, - for standard input",                    TO(prompt), 0, 0},
+    {'f', TEXT,  "FILE", "prompt or token ids from a file",                 TO(file), 0, 0},
+    {'o', TEXT,  "FILE", "results go there (standard output)",              TO(output), 0, 0},
+    {'m', TEXT,  "MODE", "what to do, below",                               TO(mode), 0, 0},
+    {'z', TEXT,  "FILE", "tokenizer (NAME.tokenizer.bin, tokenizer.bin)",   TO(tokenizer), 0, 0},
+    {'n', WHOLE, "N",    "tokens to generate (256)",                        TO(steps), 0, 1e9},
+    {'t', REAL,  "X",    "temperature, 0 takes the likeliest (1.0)", TO(taste.temperature), 0, 1e3},
+    {'p', REAL,  "X",    "top-p, 0 and 1: off (0.9)",                       TO(taste.top_p), 0, 1},
+    {'k', WHOLE, "N",    "top-k, 0: off (0)",                              TO(taste.top_k), 0, 1e9},
+    {'l', REAL,  "X",    "min-p, 0: off (0)",                               TO(taste.min_p), 0, 1},
+    {'r', REAL,  "X",    "repetition penalty, 1: off (1.0)",          TO(taste.penalty), 1e-3, 1e3},
+    {'s', WHOLE, "N",    "seed of the random numbers (time)",               TO(seed), 0, 9e15},
+    {'c', WHOLE, "N",    "context in tokens (the model's)",                 TO(context), 1, 1e9},
+    {'j', WHOLE, "N",    "threads (physical cores)",                   TO(threads), 1, MAX_THREADS},
+    {'y', TEXT,  "TEXT", "chat: system prompt",                             TO(system), 0, 0},
+    {'x', TEXT,  "NAME", "chat: format, if not the tokenizer's",            TO(format), 0, 0},
+    {'b', TEXT,  "FILE", "batch: prompts, one a line, - for standard input", TO(batch), 0, 0},
+    {'w', WHOLE, "N",    "batch: prompts at once (8); logits: tokens at once", TO(width), 1, 1e6},
+    {'q', TEXT,  "TYPE", "quantize to q8 or q4",                            TO(type), 0, 0},
+    {'d', WHOLE, "N",    "bench: depth of the second decoding",             TO(depth), 0, 1e9},
+    {'v', TEXT,  "",     "say more: errors of quantizing, ids that chat feeds", TO(verbose), 0, 0},
 };
 
-__attribute__((noreturn))
-static void finish_page(const char *text) {
-    Output out = open_output(NULL);
-    write_bytes(&out, text, strlen(text));
-    close_output(&out);
+static void print_page(bool usage) {
+    printf(usage ? "usage: ./run MODEL [options]\n\noptions\n" : "LLaMA-02 " VERSION "\n");
+    for (int i = 0; usage && i < COUNT(options); i++)
+        printf("  -%c %-5s %s\n", options[i].letter, options[i].value, options[i].does);
+    if (usage) printf("  -h       this page; --version prints " VERSION "\n\nmodes\n");
+    for (int i = 0; usage && i < COUNT(modes); i++)
+        printf("  %-10s %s\n", modes[i].name, modes[i].does);
+    if (usage) printf("\nexit status: 0 done, %d failed, %d wrong usage\n", FAILED, MISUSED);
+    close_output(&(Output){.file = stdout});
     exit(0);
 }
 
-__attribute__((noreturn))
-static void print_usage(void) {
-    FILE *out = stdout;
-    fprintf(out, "usage: ./run MODEL [options]\n\noptions\n");
-    for (int i = 0; i < COUNT(options); i++)
-        fprintf(out, "  -%c %-5s %s\n", options[i].letter, options[i].value, options[i].does);
-    fprintf(out, "  -h       this page; --version prints %s\n\nmodes\n", VERSION);
-    for (int i = 0; i < COUNT(modes); i++)
-        fprintf(out, "  %-10s %s\n", modes[i].name, modes[i].does);
-    fprintf(out, "\nexit status: 0 done, %d failed, %d wrong usage\n", FAILED, MISUSED);
-    finish_page("");
-}
-
-// The whole text must be a number within the option's bounds.
-static void parse_number(Options *o, const struct Option *option, const char *text) {
+// A number to its very end, and within the option's bounds.
+static double parse_number(const struct Option *option, const char *text) {
     char *end;
-    void *at = (char *)o + option->at;
     errno = 0;
-    double v = option->kind == REAL ? strtod(text, &end) : (double)strtoll(text, &end, 10);
+    double v = option->kind == WHOLE ? (double)strtoll(text, &end, 10) : strtof(text, &end);
     if (end == text || *end || errno || isspace((unsigned char)*text)
         || !(v >= option->least && v <= option->most))
         misuse("-%c wants a %snumber of %.10g to %.10g, not '%s'", option->letter,
                option->kind == WHOLE ? "whole " : "", option->least, option->most, text);
-    if (option->kind == REAL)
-        *(double *)at = v;
-    else
-        *(int64_t *)at = strtoll(text, NULL, 10);
-}
-
-// The option at argv[*i], and its value, which may follow.
-static void parse_option(Options *o, int argc, char **argv, int *i) {
-    const char *letter = argv[*i] + 1;
-    const struct Option *option = NULL;
-    for (int j = 0; j < COUNT(options); j++)
-        if (letter[0] == options[j].letter && letter[1] == '\0')
-            option = &options[j];
-    if (!option) misuse("unknown option '%s'", argv[*i]);
-    void *at = (char *)o + option->at;
-    if (option->kind == SWITCH) {
-        *(bool *)at = true;
-        return;
-    }
-    if (++*i == argc) misuse("-%c wants a value", option->letter);
-    if (option->kind == TEXT)
-        *(const char **)at = argv[*i];
-    else
-        parse_number(o, option, argv[*i]);
+    return v;
 }
 
 static Options parse_options(int argc, char **argv) {
-    Options o = {.mode = "generate", .temperature = 1, .top_p = 0.9, .penalty = 1, .steps = 256,
-                 .seed = -1};
+    Options o = {.mode = "generate", .taste = {1, 0.9f, 0, 1, 0}, .steps = 256, .seed = -1};
     for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) {
-            print_usage();
-        } else if (strcmp(argv[i], "--version") == 0) {
-            finish_page("LLaMA-02 " VERSION "\n");
-        } else if (argv[i][0] == '-' && argv[i][1]) {
-            parse_option(&o, argc, argv, &i);
-        } else if (o.model) {
-            misuse("two models: '%s' and '%s'", o.model, argv[i]);
-        } else {
-            o.model = argv[i];
+        const char *word = argv[i];
+        const struct Option *option = options, *end = options + COUNT(options);
+        bool help = strcmp(word, "-h") == 0 || strcmp(word, "--help") == 0;
+        if (help || strcmp(word, "--version") == 0) print_page(help);
+        if (word[0] != '-' || !word[1]) {
+            if (o.model) misuse("two models: '%s' and '%s'", o.model, word);
+            o.model = word;
+            continue;
         }
+        while (option < end && (word[1] != option->letter || word[2])) option++;
+        if (option == end) misuse("unknown option '%s'", word);
+        if (*option->value && ++i == argc) misuse("%s wants a value", word);
+        void *at = (char *)&o + option->at;
+        if (option->kind == TEXT)
+            *(const char **)at = argv[i];
+        else
+            *(double *)at = parse_number(option, argv[i]);
     }
     if (!o.model) misuse("no model");
     if (o.batch) o.mode = "batch";
@@ -4023,35 +3877,38 @@ static Options parse_options(int argc, char **argv) {
 
 static const struct Mode *find_mode(const char *name) {
     for (int i = 0; i < COUNT(modes); i++)
-        if (strcmp(name, modes[i].name) == 0)
-            return &modes[i];
+        if (strcmp(name, modes[i].name) == 0) return &modes[i];
     misuse("unknown mode '%s'", name);
 }
 
 // A mapped file that becomes shorter while it is read ends here.
 static void on_bus_error(int signal) {
     static const char text[] = "run: a file became shorter while it was being read\n";
-    (void)signal;
-    if (write(STDERR_FILENO, text, sizeof text - 1) < 0)
-        _exit(FAILED);  // nothing is left to say it with
+    (void)signal, (void)!write(STDERR_FILENO, text, sizeof text - 1);
     _exit(FAILED);
 }
 
 #ifndef TESTING
 int main(int argc, char **argv) {
+    static Session s;
     Options o = parse_options(argc, argv);
     const struct Mode *mode = find_mode(o.mode);
     signal(SIGBUS, on_bus_error);
     signal(SIGXFSZ, SIG_IGN);  // a file too large is an error of its write
-    o.seed_is_time = o.seed < 0;
-    o.seed = o.seed_is_time ? (int64_t)time(NULL) : o.seed;
-    static Session s;
-    open_session(&s, &o);
+    s.options = &o;
+    s.seed = (uint64_t)(o.seed < 0 ? (double)time(NULL) : o.seed);
+    s.model = open_model(o.model);
+    int worth = (int)(s.model.file.size >> 21);  // threads: 2 MB of weights bring what one costs
+    start_pool(&s.pool, o.threads ? (int)o.threads : most(1, least(usable_cores(), worth)));
     s.out = open_output(o.output);
-    s.out_is_terminal = isatty(fileno(s.out.file));
     mode->run(&s);
     close_output(&s.out);
-    close_session(&s);
+    stop_pool(&s.pool);
+    if (s.state.arena.at) close_state(&s.state);
+    if (s.tokenizer_path) close_tokenizer(&s.tokenizer);
+    free(s.tokenizer_path);
+    free(s.candidates);
+    close_model(&s.model);
     return 0;
 }
 #endif

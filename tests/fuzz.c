@@ -120,7 +120,7 @@ static void run_some(const Model *m) {
     Pool pool;
     State s;
     uint64_t random = 1;
-    Candidate *candidates = NEW(Candidate, c->vocab_size);
+    Candidate *candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
     start_pool(&pool, 1);
     open_state(&s, m, &pool, (Room){context, 1, TOKENS, TOKENS});
     for (int at = 0; at < context; at += n) {
@@ -255,8 +255,7 @@ static void try_text(const uint8_t *data, size_t n) {
 static void check_number(const Options *o, const struct Option *option) {
     const char *at = (const char *)o + option->at;
     Options usual = parse_options(2, (char *[]){"run", "model", NULL});
-    double v = option->kind == REAL ? *(const double *)(const void *)at
-                                    : (double)*(const int64_t *)(const void *)at;
+    double v = *(const double *)(const void *)at;
     bool left_out = memcmp(at, (char *)&usual + option->at, 8) == 0;
     PROMISE(left_out || (v >= option->least && v <= option->most));
 }

@@ -1474,7 +1474,7 @@ static int plain_pick(const float *p, int n, float top_p, float chance) {
 
 static void sampling_follows_the_rule_of_llama2c(void) {
     static const float top_ps[] = {0.9f, 0, 1, 0.1f, 0.5f, 0.99f}, temperatures[] = {1, 0.3f, 2};
-    Candidate candidates[128];
+    Candidate candidates[256];
     for (int k = 0; k < 3000; k++) {
         int n = 2 + k % 120;
         float *x = random_numbers((size_t)n, (uint32_t)k), p[128];
@@ -1496,7 +1496,7 @@ static void sampling_follows_the_rule_of_llama2c(void) {
 
 static int picked(const float *x, int n, Taste taste, uint64_t seed, const Tokens *text) {
     float copy[64];
-    Candidate candidates[64];
+    Candidate candidates[128];
     memcpy(copy, x, (size_t)n * sizeof *x);
     return pick(copy, n, &taste, &seed, candidates, text);
 }
@@ -1576,15 +1576,15 @@ static void options_have_the_defaults_of_llama2c(void) {
     Options o = PARSED("m.bin");
     EXPECT_TEXT(o.model, strlen(o.model), "m.bin");
     EXPECT_TEXT(o.mode, strlen(o.mode), "generate");
-    EXPECT_NEAR(o.temperature, 1, 0);
-    EXPECT_NEAR(o.top_p, 0.9, 0);
+    EXPECT_NEAR(o.taste.temperature, 1, 0);
+    EXPECT_NEAR(o.taste.top_p, 0.9f, 0);
     EXPECT_INT(o.steps, 256);
 }
 
 static void every_option_sets_its_own_field_and_no_other(void) {
     Options o = PARSED("-t", "0.5", "m.bin", "-n", "7", "-i", "-", "-p", "1e-1", "-s", "0", "-v");
-    EXPECT_NEAR(o.temperature, 0.5, 0);
-    EXPECT_NEAR(o.top_p, 0.1, 0);
+    EXPECT_NEAR(o.taste.temperature, 0.5, 0);
+    EXPECT_NEAR(o.taste.top_p, 0.1f, 0);
     EXPECT_INT(o.steps, 7);
     EXPECT_INT(o.seed, 0);
     EXPECT(o.verbose && strcmp(o.prompt, "-") == 0 && !o.file && !o.output && o.threads == 0);
