@@ -3338,17 +3338,15 @@ static bool read_line(Bytes *line, FILE *in, const char *name) {
 }
 
 // Whether texts begin with BOS.
-static bool has_bos(const Session *s) {
-    return s->tokenizer.header.flags & ADDS_BOS && s->tokenizer.header.bos >= 0;
-}
+static bool has_bos(const TokenizerHeader *h) { return h->flags & ADDS_BOS && h->bos >= 0; }
 
 static void say_speed(const char *what, double tokens, double time) {
     fprintf(stderr, "%s %.0f tokens in %.3f s, %.1f tokens/s\n", what, tokens, time,
             tokens / fmax(time, 1e-9));
 }
 
-static void decode_all(Text *text) {
-    for (size_t i = 0; i < text->ids.n; i++) decode(&text->ready, &text->decoder, text->ids.at[i]);
+static void decode_all(Text *t) {
+    for (size_t i = 0; i < t->ids.n; i++) decode(&t->ready, &t->decoder, t->ids.at[i]);
 }
 
 static void end_reply(Session *s, Text *text, Stop stop) {
@@ -3510,6 +3508,8 @@ typedef struct {
     const char *stop;  // why the text has ended; NULL: it goes on
 } Task;
 
+static int last_id(const Task *t) { return t->text.ids.at[t->text.ids.n - 1]; }
+
 // One more token, from the logits before it.
 static void extend_task(Session *s, Task *t, float *scores) {
     bool ended = !extend(s, &t->text, scores), full = t->text.ids.n > (size_t)s->state.context;
@@ -3522,24 +3522,20 @@ static Task *start_task(Session *s, Task *t, int slot) {
     feed(s, &t->text, t->prompt.at, t->prompt.n);
     decode_all(&t->text);
     t->text.ready.n = 0;  // only the answer is text
-    if (t->text.ids.n == 0 || t->text.ids.n > (size_t)s->state.context)
-        t->stop = "context";
-    else if (s->options->steps == 0)
-        t->stop = "limit";
-    else
-        extend_task(s, t, catch_up(s, &t->text));
+    bool fits = t->text.ids.n > 0 && t->text.ids.n <= (size_t)s->state.context;
+    t->stop = !fits ? "context" : s->options->steps == 0 ? "limit" : NULL;
+    if (!t->stop) extend_task(s, t, catch_up(s, &t->text));
     return t->stop ? NULL : t;
 }
 
 // All that run go one token further; returns how many there are.
 static int step_tasks(Session *s, Task **running, Step *steps, int width) {
     int n = 0;
-    for (int i = 0; i < width; i++) {
-        Text *text = running[i] ? &running[i]->text : NULL;
-        if (text) steps[n++] = (Step){text->ids.at[text->ids.n - 1], i, text->pos++};
-    }
-    if (n) forward(&s->state, steps, n);
-    float *scores = n ? logits(&s->state, 0, n) : NULL;
+    for (int i = 0; i < width; i++)
+        if (running[i]) steps[n++] = (Step){last_id(running[i]), i, running[i]->text.pos++};
+    if (n == 0) return 0;
+    forward(&s->state, steps, n);
+    float *scores = logits(&s->state, 0, n);
     for (int i = 0; i < n; i++) {
         Task **t = &running[steps[i].slot];
         extend_task(s, *t, row(scores, i, s->model.config.vocab_size));
@@ -3665,7 +3661,7 @@ static void judge_ids(Session *s, const int *ids, size_t count, int bos, Loss *l
 static Loss score_text(Session *s, bool shows) {
     Loss loss = {0, 0, shows};
     Text text = given_text(s);
-    bool bos = has_bos(s);
+    bool bos = has_bos(&s->tokenizer.header);
     size_t n = text.ids.n - bos;
     if (n < 2) die("the text has %zu tokens, too few to score", n);
     need_state(s, (int64_t)text.ids.n, 1, ROWS);
@@ -3681,10 +3677,7 @@ static void run_perplexity(Session *s) {
           exp(loss.nats / loss.tokens), loss.tokens);
 }
 
-static void run_score(Session *s) {
-    score_text(s, true);
-    if (s->out_is_terminal) print(&s->out, "\n");
-}
+static void run_score(Session *s) { score_text(s, true); }
 
 // Token ids in decimal, separated by white space.
 static Tokens read_ids(const char *path, int vocab_size) {
@@ -3719,7 +3712,8 @@ static void run_logits(Session *s) {
 // The ids of the text, one a line, without BOS.
 static void run_tokens(Session *s) {
     Text text = given_text(s);
-    for (size_t i = has_bos(s); i < text.ids.n; i++) print(&s->out, "%d\n", text.ids.at[i]);
+    size_t bos = has_bos(&s->tokenizer.header);
+    for (size_t i = bos; i < text.ids.n; i++) print(&s->out, "%d\n", text.ids.at[i]);
     free_text(&text);
 }
 
@@ -3743,8 +3737,8 @@ static Cost cost_of(const Config *c) {
 static void run_info(Session *s) {
     const Model *m = &s->model;
     const Config *c = &m->config;
-    int64_t wanted = s->options->context ? s->options->context : c->max_seq_len;
-    Room room = {least((int)wanted, c->max_seq_len), 1, 1, default_batch(c)};
+    int64_t wanted = s->options->context;
+    Room room = {least(wanted ? (int)wanted : INT_MAX, c->max_seq_len), 1, 1, default_batch(c)};
     print(&s->out, "file %s\nformat %s\nweights %s\nparameters %.0f\n", m->file.path, m->form,
           type_names[c->type], cost_of(c).parameters);
     for (int i = 1; i < COUNT(fields); i++)
@@ -3758,14 +3752,13 @@ static void run_info(Session *s) {
     for (uint32_t i = 0; i < t->n_ends; i++) print(&s->out, "end %d\n", t->ends[i]);
 }
 
-// Writing a matrix in another type: the threads pack some of its rows, which then go out.
+// Rows of a matrix in another type: threads pack them, and then they go out.
 enum { PACKED = 64 * PANEL };
-
 typedef struct {
     const Tensor *from;
+    int first;        // the first of them
     Type type;
-    int first;                   // row of the matrix that `panels` begins with
-    uint8_t *panels;             // of PACKED rows
+    uint8_t *panels;  // that they become
     double error[PACKED], power[PACKED];  // sums of squares
 } Packing;
 
@@ -3805,23 +3798,22 @@ static void write_packed(Output *o, Pool *pool, const Tensor *w, Type type, doub
 static void run_quantize(Session *s) {
     static const uint8_t zeros[LINE] = {0};
     const Options *o = s->options;
-    const Model *m = &s->model;
+    Model *m = &s->model;
     Config c = m->config;
     uint8_t header[HEADER] = {0};
     double sums[SLOTS][2] = {0};
     uint64_t at = HEADER;
     int l = 0;
-    Type from = c.type;
+    if (c.type == Q4) die("%s: q4 is not quantized again", o->model);
     c.type = o->type && strcmp(o->type, "q4") == 0 ? Q4 : Q8;
     if (!o->output || !o->type || strcmp(o->type, type_names[c.type]) != 0)
-        die("-m quantize wants -q q8 or -q q4, not '%s', and -o for the file to write",
-            o->type ? o->type : "");
-    if (from == Q4) die("%s: q4 is not quantized again", o->model);
+        die("-m quantize wants -q q8 or q4 and -o for the file to write, not -q '%s' and -o '%s'",
+            o->type ? o->type : "", o->output ? o->output : "");
     write_bytes(&s->out, header, HEADER);
     Progress progress = start_progress("quantizing");
     for (SlotId i = 0; i < SLOTS; i = next_slot(&c, i, &l)) {
         if (!has_slot(&c, i)) continue;
-        const Tensor *w = tensor_at(&s->model, i, l), to = blank_tensor(&c, i);
+        const Tensor *w = tensor_at(m, i, l), to = blank_tensor(&c, i);
         write_bytes(&s->out, zeros, round_up(at, LINE) - at);
         if (to.type == F32)
             write_bytes(&s->out, w->data, tensor_bytes(w));
@@ -3915,9 +3907,8 @@ static void run_bench(Session *s) {
     Cost cost = cost_of(&s->model.config);
     int context = s->state.context, prompt = least(512, context), threads = s->pool.threads;
     int depth = least((int)s->options->depth, context - 1), items = least(MAX_ITEMS, threads << 10);
-    size_t parts = s->model.file.size / READ_PART;
-    if (parts == 0) die("%s: too small to measure anything with", s->model.file.path);
-    int n = parts < MAX_ITEMS ? (int)parts : MAX_ITEMS;
+    int n = (int)fmin((double)(s->model.file.size / READ_PART), MAX_ITEMS);
+    if (n == 0) die("%s: too small to measure anything with", s->model.file.path);
     double worth = 2e-9 * ROUNDS * CHAINS * LANES;
     print(&s->out, "threads %d threads\n", threads);
     double read = measure(s, "read", (Trial){READ, n, 0, 0, NULL}, READ_PART * 1e-9, "GB/s");
