@@ -3316,13 +3316,11 @@ static void close_session(Session *s) {
 
 // A text that begins with that of -i, or of the file of -f, or with nothing.
 static Text given_text(Session *s) {
-    const Options *o = s->options;
-    Bytes words = {0};
+    const char *prompt = s->options->prompt, *path = prompt ? prompt : s->options->file;
+    bool is_words = prompt && strcmp(prompt, "-") != 0;
+    Bytes words = path && !is_words ? read_text(path) : (Bytes){0};
+    if (is_words) append(&words, prompt, strlen(prompt));
     need_tokenizer(s);
-    if (o->prompt && strcmp(o->prompt, "-") != 0)
-        append(&words, o->prompt, strlen(o->prompt));
-    else if (o->prompt || o->file)
-        words = read_text(o->prompt ? "-" : o->file);
     Text text = new_text(s, 0);
     feed(s, &text, words.at, words.n);
     free(words.at);
@@ -3340,9 +3338,8 @@ static bool read_line(Bytes *line, FILE *in, const char *name) {
 // Whether texts begin with BOS.
 static bool has_bos(const TokenizerHeader *h) { return h->flags & ADDS_BOS && h->bos >= 0; }
 
-static void say_speed(const char *what, double tokens, double time) {
-    fprintf(stderr, "%s %.0f tokens in %.3f s, %.1f tokens/s\n", what, tokens, time,
-            tokens / fmax(time, 1e-9));
+static void say_speed(const char *what, double n, double time) {
+    fprintf(stderr, "%s %.0f tokens in %.3f s, %.1f tokens/s\n", what, n, time, n / (time + 1e-9));
 }
 
 static void decode_all(Text *t) {
@@ -3353,16 +3350,14 @@ static void end_reply(Session *s, Text *text, Stop stop) {
     flush(&text->ready, &text->decoder);
     append(&text->ready, "\n", 1);
     show_ready(s, text);
-    if (stop == CONTEXT_FULL)
-        fprintf(stderr, "the context of %d tokens is full\n", s->state.context);
+    if (stop == CONTEXT_FULL) fprintf(stderr, "the context of %d is full\n", s->state.context);
 }
 
 // Continue the prompt.
 static void run_generate(Session *s) {
     Text text = given_text(s);
     size_t given = text.ids.n;
-    if (given == 0)
-        die("nothing to begin with: the prompt is empty and the tokenizer has no BOS");
+    if (given == 0) die("nothing to begin with: an empty prompt, and a tokenizer without BOS");
     need_state(s, (int64_t)given + s->options->steps, 1, 1);
     if (given > (size_t)s->state.context)
         die("the prompt has %zu tokens, the context %d", given, s->state.context);
@@ -3408,7 +3403,7 @@ static const struct Format *format_of(const Session *s) {
     uint32_t i = name ? COUNT(formats) - 1 : s->tokenizer.header.chat;
     while (name && i > 0 && strcmp(name, formats[i].name) != 0) i--;
     if (i == 0)
-        die("the chat format is '%s': -x wants llama2, llama3, chatml, mistral, mistral3 or zephyr",
+        die("chat format '%s': -x wants llama2, llama3, chatml, mistral, mistral3 or zephyr",
             name ? name : formats[0].name);
     return &formats[i == MISTRAL && find_control(&s->tokenizer, "[INST]", 6) >= 0 ? MISTRAL3 : i];
 }
@@ -3445,7 +3440,7 @@ static void talk(Session *s, Text *text, const struct Format *f, Piece message) 
     size_t before = text->ids.n, context = (size_t)s->state.context;
     feed_turn(s, text, f, message);
     if (before > 0 && text->ids.n >= context) {
-        fprintf(stderr, "the context of %zu tokens is full: beginning again\n", context);
+        fprintf(stderr, "the context of %zu is full: beginning again\n", context);
         before = text->ids.n = 0, text->pos = 0;
         feed_turn(s, text, f, message);
     }
@@ -3508,41 +3503,25 @@ typedef struct {
     const char *stop;  // why the text has ended; NULL: it goes on
 } Task;
 
-static int last_id(const Task *t) { return t->text.ids.at[t->text.ids.n - 1]; }
-
-// One more token, from the logits before it.
-static void extend_task(Session *s, Task *t, float *scores) {
+// One more token, from the logits before it. Returns the task, or NULL if that was its last.
+static Task *extend_task(Session *s, Task *t, float *scores) {
     bool ended = !extend(s, &t->text, scores), full = t->text.ids.n > (size_t)s->state.context;
     t->stop = ended ? "end" : t->text.made >= s->options->steps ? "limit" : full ? "context" : NULL;
+    return t->stop ? NULL : t;
 }
 
-// The prompt goes into a slot of the cache. Returns the task, or NULL if it has ended.
+// The prompt goes into a slot of the cache. Returns the task, or NULL if it ends at once.
 static Task *start_task(Session *s, Task *t, int slot) {
     t->text = new_text(s, slot);
     feed(s, &t->text, t->prompt.at, t->prompt.n);
     decode_all(&t->text);
     t->text.ready.n = 0;  // only the answer is text
     bool fits = t->text.ids.n > 0 && t->text.ids.n <= (size_t)s->state.context;
-    t->stop = !fits ? "context" : s->options->steps == 0 ? "limit" : NULL;
-    if (!t->stop) extend_task(s, t, catch_up(s, &t->text));
-    return t->stop ? NULL : t;
+    t->stop = fits ? "limit" : "context";
+    return fits && s->options->steps ? extend_task(s, t, catch_up(s, &t->text)) : NULL;
 }
 
-// All that run go one token further; returns how many there are.
-static int step_tasks(Session *s, Task **running, Step *steps, int width) {
-    int n = 0;
-    for (int i = 0; i < width; i++)
-        if (running[i]) steps[n++] = (Step){last_id(running[i]), i, running[i]->text.pos++};
-    if (n == 0) return 0;
-    forward(&s->state, steps, n);
-    float *scores = logits(&s->state, 0, n);
-    for (int i = 0; i < n; i++) {
-        Task **t = &running[steps[i].slot];
-        extend_task(s, *t, row(scores, i, s->model.config.vocab_size));
-        if ((*t)->stop) *t = NULL;
-    }
-    return n;
-}
+static Step next_step(Text *t) { return (Step){t->ids.at[t->ids.n - 1], t->slot, t->pos++}; }
 
 // Returns how many tokens it has.
 static double write_result(Session *s, Task *t) {
@@ -3572,11 +3551,19 @@ static void run_batch(Session *s) {
     Step *steps = NEW(Step, width);
     double begin = seconds(), made = 0;
     for (int n = 1; n > 0 || !feof(in);) {
-        for (int i = 0; i < width; i++)
+        n = 0;
+        for (int i = 0; i < width; i++) {
             while (!running[i] && begun - written < places
                    && read_line(&ring[begun % places].prompt, in, path))
                 running[i] = start_task(s, &ring[begun++ % places], i);
-        n = step_tasks(s, running, steps, width);
+            if (running[i]) steps[n++] = next_step(&running[i]->text);
+        }
+        if (n > 0) forward(&s->state, steps, n);
+        float *scores = n > 0 ? logits(&s->state, 0, n) : NULL;
+        for (int i = 0; i < n; i++) {
+            Task **t = &running[steps[i].slot];
+            *t = extend_task(s, *t, row(scores, i, s->model.config.vocab_size));
+        }
         while (written < begun && ring[written % places].stop)
             made += write_result(s, &ring[written++ % places]);
         send_off(&s->out);
@@ -3765,14 +3752,13 @@ typedef struct {
 static void pack_rows(void *job, int thread, int first, int end) {
     Packing *p = job;
     const Tensor *w = p->from;
-    float *x = NEW(float, group_count(w->cols) * GROUP);
+    size_t padded = group_count(w->cols) * GROUP;
+    float *x = NEW(float, padded);
     (void)thread;
     for (int i = first; i < end; i++) {
         uint8_t *panel = p->panels + (size_t)(i / PANEL) * panel_bytes(p->type, w->cols);
-        if (p->first + i < w->rows)
-            unpack_row(x, w, p->first + i);
-        else
-            memset(x, 0, (size_t)w->cols * sizeof *x);
+        memset(x, 0, padded * sizeof *x);
+        if (p->first + i < w->rows) unpack_row(x, w, p->first + i);
         p->power[i] = 0;
         for (int j = 0; j < w->cols; j++) p->power[i] += (double)x[j] * (double)x[j];
         p->error[i] = pack_row(panel, p->type, i % PANEL, x, w->cols);
@@ -3839,9 +3825,10 @@ static void run_quantize(Session *s) {
 // independent sums are as many as latency times units, and registers, want.
 enum { CHAINS = 12, ROUNDS = 1 << 10, READ_PART = 64 * CHAINS * LANES * 4, TRIALS = 5 };
 
-// n items of a ceiling, or n steps from position `from` on, `batch` at a time.
+// n items of a ceiling, or n steps from position `from` on, `batch` at a time, with logits after
+// each batch.
 typedef struct {
-    enum { READ, MULTIPLY, DOT, STEPS } what;
+    enum { STEPS, READ, MULTIPLY, DOT } what;
     int n, from, batch;
     const uint8_t *at;
 } Trial;
@@ -3867,17 +3854,6 @@ static void strain(void *job, int thread, int first, int end) {
     (void)kept;
 }
 
-// As a prompt or an answer does them, with logits after each batch.
-static void run_steps(Session *s, const Trial *t) {
-    Text text = {.pos = t->from};
-    for (int i = 0; i < t->from + t->n; i++) push(&text.ids, i * 7 % s->model.config.vocab_size);
-    for (int done = 0; done < t->n; done += t->batch) {
-        text.ids.n = (size_t)(t->from + least(done + t->batch, t->n));
-        catch_up(s, &text);
-    }
-    free_text(&text);
-}
-
 static int by_value(const void *a, const void *b) {
     return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
 }
@@ -3885,15 +3861,22 @@ static int by_value(const void *a, const void *b) {
 // Say how often a second it is done, the median of TRIALS, times what that is worth; return that.
 static double measure(Session *s, const char *name, Trial t, double worth, const char *unit) {
     double times[TRIALS];
+    Text text = {0};
     t.at = s->model.file.at;
+    for (int i = 0; t.what == STEPS && i < t.from + t.n; i++)
+        push(&text.ids, i * 7 % s->model.config.vocab_size);
+    text.ids.n = (size_t)t.from;
+    if (t.from > 0) catch_up(s, &text);
     for (int i = 0; i < TRIALS; i++) {
         double start = seconds();
-        if (t.what == STEPS)
-            run_steps(s, &t);
-        else
-            parallel(&s->pool, t.n, strain, &t);
+        if (t.what != STEPS) parallel(&s->pool, t.n, strain, &t);
+        for (text.pos = t.from; t.what == STEPS && text.pos < t.from + t.n;) {
+            text.ids.n = (size_t)(text.pos + t.batch);
+            catch_up(s, &text);
+        }
         times[i] = seconds() - start;
     }
+    free_text(&text);
     qsort(times, TRIALS, sizeof *times, by_value);
     double value = worth * t.n / times[TRIALS / 2];
     print(&s->out, "%s %.*f %s\n", name, value < 100 ? 2 : 0, value, unit);
@@ -3914,14 +3897,13 @@ static void run_bench(Session *s) {
     double read = measure(s, "read", (Trial){READ, n, 0, 0, NULL}, READ_PART * 1e-9, "GB/s");
     double fma = measure(s, "multiply-add", (Trial){MULTIPLY, items, 0, 0, NULL}, worth, "GFLOP/s");
     double dot = measure(s, "dot-product", (Trial){DOT, items, 0, 0, NULL}, worth * 4, "GOP/s");
-    double most = 1e9 * (is_quantized(s->model.config.type) ? dot : fma);
+    double possible = 1e9 * (is_quantized(s->model.config.type) ? dot : fma);
     double speed = measure(s, "prompt", (Trial){STEPS, prompt, 0, prompt, NULL}, 1, "tokens/s");
-    print(&s->out, "prompt-share %.2f %%\n", 100 * 2 * speed * cost.products / most);
+    print(&s->out, "prompt-share %.2f %%\n", 100 * 2 * speed * cost.products / possible);
     speed = measure(s, "decode", (Trial){STEPS, least(64, context), 0, 1, NULL}, 1, "tokens/s");
     print(&s->out, "decode-share %.2f %%\n", 100 * speed * cost.bytes / (read * 1e9));
     if (depth <= 0) return;
     Trial deep = {STEPS, least(64, context - depth), depth, 1, NULL};
-    if (depth > prompt) run_steps(s, &(Trial){STEPS, depth - prompt, prompt, depth, NULL});
     print(&s->out, "depth %d tokens\n", depth);
     print(&s->out, "decode-deep-share %.2f %%\n",
           100 / speed * measure(s, "decode-deep", deep, 1, "tokens/s"));
