@@ -3327,12 +3327,13 @@ static Text given_text(Session *s) {
     return text;
 }
 
-// The next line of a stream, without its end; false: there is none.
+// The next line of a stream, without its end; false: there is none, and *line is empty.
 static bool read_line(Bytes *line, FILE *in, const char *name) {
     ssize_t n = feof(in) ? -1 : getline(&line->at, &line->room, in);
     if (n < 0 && !feof(in)) die("%s: %s", name, strerror(errno));
-    line->n = n > 0 ? (size_t)n - (line->at[n - 1] == '\n') : 0;
-    return n >= 0;
+    if (n > 0) line->n = (size_t)n - (line->at[n - 1] == '\n');
+    else free(line->at), *line = (Bytes){0};
+    return n > 0;
 }
 
 // Whether texts begin with BOS.
@@ -3475,7 +3476,6 @@ static void run_chat(Session *s) {
         if (line.n) talk(s, &text, format, (Piece){line.at, line.n});
     }
     if (terminal) fputc('\n', stderr);
-    free(line.at);
     free_text(&text);
 }
 
@@ -3743,9 +3743,9 @@ static void run_info(Session *s) {
 enum { PACKED = 64 * PANEL };
 typedef struct {
     const Tensor *from;
-    int first;        // the first of them
+    int first;                            // the first of them
     Type type;
-    uint8_t *panels;  // that they become
+    uint8_t *panels;                      // that they become
     double error[PACKED], power[PACKED];  // sums of squares
 } Packing;
 
@@ -3801,13 +3801,10 @@ static void run_quantize(Session *s) {
         if (!has_slot(&c, i)) continue;
         const Tensor *w = tensor_at(m, i, l), to = blank_tensor(&c, i);
         write_bytes(&s->out, zeros, round_up(at, LINE) - at);
-        if (to.type == F32)
-            write_bytes(&s->out, w->data, tensor_bytes(w));
-        else
-            write_packed(&s->out, &s->pool, w, c.type, sums[i]);
+        if (to.type == F32) write_bytes(&s->out, w->data, tensor_bytes(w));
+        else write_packed(&s->out, &s->pool, w, c.type, sums[i]);
         if (!(sums[i][0] < INFINITY && sums[i][1] < INFINITY))
-            die("%s: %s holds weights that are infinite, not numbers or too large for %s", o->model,
-                slots[i].name, o->type);
+            die("%s: %s has weights that are no numbers or too large", o->model, slots[i].name);
         at = round_up(at, LINE) + tensor_bytes(&to);
         show_progress(&progress, (double)(w->data - m->file.at), (double)m->file.size);
     }
