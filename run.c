@@ -192,6 +192,19 @@ static void write_bytes(Output *o, const void *data, size_t n) {
     if (n && fwrite(data, 1, n, o->file) != n) fail_output(o);
 }
 
+__attribute__((format(printf, 2, 3)))
+static void print(Output *o, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    if (vfprintf(o->file, format, args) < 0) fail_output(o);
+    va_end(args);
+}
+
+// What was written is seen from now on.
+static void send_off(Output *o) {
+    if (fflush(o->file) != 0) fail_output(o);
+}
+
 static void close_output(Output *o) {
     char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fileno(o->file));
@@ -338,6 +351,11 @@ static Tensor blank_tensor(const Config *c, SlotId s) {
     const int of[] = {1, c->dim, q_dim(c), kv_dim(c), c->head_dim, c->hidden_dim, c->vocab_size};
     Extent rows = slots[s].rows;
     return (Tensor){rows == ONE ? F32 : c->type, of[rows], of[slots[s].cols], NULL};
+}
+
+// The slot after s in the order of our file; `layer` goes on with it.
+static SlotId next_slot(const Config *c, SlotId s, int *layer) {
+    return s == W2 && ++*layer < c->n_layers ? ATTENTION_NORM : s + 1;
 }
 
 // Quantized weights: GROUP columns share a scale, a LINE is 4 bytes of each of PANEL rows (room 6).
@@ -2202,9 +2220,9 @@ static bool spells(const Tokenizer *t, uint32_t id, const void *bytes, size_t n)
 }
 
 // The id of the control token with this name, -1 if there is none.
-static int find_control(const Tokenizer *t, const char *name) {
+static int find_control(const Tokenizer *t, const char *name, size_t n) {
     for (uint32_t id = 0; id < t->header.n_tokens; id++)
-        if (t->token[id].type == CONTROL && spells(t, id, name, strlen(name)))
+        if (t->token[id].type == CONTROL && spells(t, id, name, n))
             return (int)id;
     return -1;
 }
@@ -3005,41 +3023,55 @@ static void need_state(Session *s, int64_t enough, int n_slots, int logit_rows) 
 // ------------------------------------------------------------------------------------------------
 // 12. The modes: each a main() of its own
 
-// The text of -i, or of the file of -f, or nothing.
-static Bytes prompt_of(const Options *o) {
-    Bytes b = {0};
-    if (o->prompt && strcmp(o->prompt, "-") != 0)
-        append(&b, o->prompt, strlen(o->prompt));
-    else if (o->prompt || o->file)
-        b = read_text(o->prompt ? "-" : o->file);
-    return b;
+// A text that begins with that of -i, or of the file of -f, or with nothing.
+static Text given_text(Session *s) {
+    const char *prompt = s->options->prompt, *path = prompt ? prompt : s->options->file;
+    bool is_words = prompt && strcmp(prompt, "-") != 0;
+    Bytes words = path && !is_words ? read_text(path) : (Bytes){0};
+    if (is_words) append(&words, prompt, strlen(prompt));
+    need_tokenizer(s);
+    Text text = new_text(s, 0);
+    feed(s, &text, words.at, words.n);
+    free(words.at);
+    return text;
 }
 
-static void say_speed(const char *what, double tokens, double time) {
-    fprintf(stderr, "%s %.0f tokens in %.3f s, %.1f tokens/s\n", what, tokens, time,
-            time > 0 ? tokens / time : 0);
+// The next line of a stream, without its end; false: there is none, and *line is empty.
+static bool read_line(Bytes *line, FILE *in, const char *name) {
+    ssize_t n = feof(in) ? -1 : getline(&line->at, &line->room, in);
+    if (n < 0 && !feof(in)) die("%s: %s", name, strerror(errno));
+    if (n > 0) line->n = (size_t)n - (line->at[n - 1] == '\n');
+    else free(line->at), *line = (Bytes){0};
+    return n > 0;
 }
 
-static void end_line(Session *s, Text *text) {
+// Whether texts begin with BOS.
+static bool has_bos(const TokenizerHeader *h) { return h->flags & ADDS_BOS && h->bos >= 0; }
+
+static void say_speed(const char *what, double n, double time) {
+    fprintf(stderr, "%s %.0f tokens in %.3f s, %.1f tokens/s\n", what, n, time, n / (time + 1e-9));
+}
+
+static void decode_all(Text *t) {
+    for (size_t i = 0; i < t->ids.n; i++) decode(&t->ready, &t->decoder, t->ids.at[i]);
+}
+
+static void end_reply(Session *s, Text *text, Stop stop) {
     flush(&text->ready, &text->decoder);
     append(&text->ready, "\n", 1);
     show_ready(s, text);
+    if (stop == CONTEXT_FULL) fprintf(stderr, "the context of %d is full\n", s->state.context);
 }
 
 // Continue the prompt.
 static void run_generate(Session *s) {
-    const Options *o = s->options;
-    need_tokenizer(s);
-    Text text = new_text(s, 0);
-    Bytes prompt = prompt_of(o);
-    feed(s, &text, prompt.at, prompt.n);
-    if (text.ids.n == 0)
-        die("nothing to begin with: the prompt is empty and the tokenizer has no BOS");
-    int given = (int)text.ids.n;
-    need_state(s, given + o->steps, 1, 1);
-    if (given > s->state.context)
-        die("the prompt has %d tokens, the context %d", given, s->state.context);
-    for (int i = 0; i < given; i++) decode(&text.ready, &text.decoder, text.ids.at[i]);
+    Text text = given_text(s);
+    size_t given = text.ids.n;
+    if (given == 0) die("nothing to begin with: an empty prompt, and a tokenizer without BOS");
+    need_state(s, (int64_t)given + s->options->steps, 1, 1);
+    if (given > (size_t)s->state.context)
+        die("the prompt has %zu tokens, the context %d", given, s->state.context);
+    decode_all(&text);
     say_seed(s);
     double start = seconds();
     float *scores = catch_up(s, &text);
@@ -3047,116 +3079,86 @@ static void run_generate(Session *s) {
     show_ready(s, &text);
     Stop stop = reply(s, &text, scores);
     double end = seconds();
-    end_line(s, &text);
-    if (stop == CONTEXT_FULL)
-        fprintf(stderr, "the context of %d tokens is full\n", s->state.context);
-    say_speed("prompt", given, middle - start);
+    end_reply(s, &text, stop);
+    say_speed("prompt", (double)given, middle - start);
     say_speed("generated", (double)text.made, end - middle);
-    free(prompt.at);
     free_text(&text);
 }
 
-// A chat is turns: `first` or, later, `again`; `before`; the system prompt once; `user`. In them $
-// is the system prompt, % the message, and {name} the control token of that name; what lies between
-// control tokens is encoded as one text. Sources: the models' published templates.
+// A chat is turns: `first` or, later, `again`; the system prompt once; `user`. In them $ is the
+// system prompt, % the message, and {name} the control token of that name; what lies between
+// control tokens is encoded as one text. White space is stripped from around the message, or from
+// around the system prompt and it as one. Sources: the models' published templates.
 static const struct Format {
-    const char *name, *first, *again, *before, *system, *user;
-    bool strips;  // white space around messages
+    const char *name, *first, *again, *system, *user;
+    enum { NOTHING, MESSAGE, BOTH } strips;
 } formats[] = {
-    {"none", "", "", "", "", "", false},
-    {"llama2", "{<s>}", "{</s>}{<s>}", "[INST] ", "<<SYS>>\n$\n<</SYS>>\n\n", "% [/INST]", true},
-    {"llama3", "{<|begin_of_text|>}", "{<|eot_id|>}", "",
+    {"none", "", "", "", "", NOTHING},
+    {"llama2", "{<s>}[INST] ", "{</s>}{<s>}[INST] ", "<<SYS>>\n$\n<</SYS>>\n\n", "% [/INST]", BOTH},
+    {"llama3", "{<|begin_of_text|>}", "{<|eot_id|>}",
      "{<|start_header_id|>}system{<|end_header_id|>}\n\n${<|eot_id|>}",
      "{<|start_header_id|>}user{<|end_header_id|>}\n\n%{<|eot_id|>}"
-     "{<|start_header_id|>}assistant{<|end_header_id|>}\n\n", true},
-    {"chatml", "", "{<|im_end|>}\n", "", "{<|im_start|>}system\n${<|im_end|>}\n",
-     "{<|im_start|>}user\n%{<|im_end|>}\n{<|im_start|>}assistant\n", false},
-    {"mistral", "{<s>}", "{</s>}", "[INST] ", "$\n\n", "% [/INST]", false},
-    {"zephyr", "", "{</s>}\n", "", "<|system|>\n${</s>}\n",
-     "<|user|>\n%{</s>}\n<|assistant|>\n", false},
-    {"mistral3", "{<s>}", "{</s>}", "{[INST]}", "$\n\n", "%{[/INST]}", false},  // own tokens
+     "{<|start_header_id|>}assistant{<|end_header_id|>}\n\n", MESSAGE},
+    {"chatml", "", "{<|im_end|>}\n", "{<|im_start|>}system\n${<|im_end|>}\n",
+     "{<|im_start|>}user\n%{<|im_end|>}\n{<|im_start|>}assistant\n", NOTHING},
+    {"mistral", "{<s>}[INST] ", "{</s>}[INST] ", "$\n\n", "% [/INST]", NOTHING},
+    {"zephyr", "", "{</s>}\n", "<|system|>\n${</s>}\n", "<|user|>\n%{</s>}\n<|assistant|>\n",
+     NOTHING},
+    {"mistral3", "{<s>}{[INST]}", "{</s>}{[INST]}", "$\n\n", "%{[/INST]}", NOTHING},
 };
+enum { MISTRAL = 4, MISTRAL3 = 6 };  // the latter where the brackets are tokens of their own
 
 static const struct Format *format_of(const Session *s) {
     const char *name = s->options->format;
-    uint32_t number = s->tokenizer.header.chat;
-    for (int i = 1; name && i < COUNT(formats); i++)
-        if (strcmp(name, formats[i].name) == 0)
-            return &formats[i];
-    if (name) die("-x wants llama2, llama3, chatml, mistral, mistral3 or zephyr, not '%s'", name);
-    if (number == 0 || number >= COUNT(formats))
-        die("%s names no chat format; -x does", s->tokenizer_path);
-    bool own = strcmp(formats[number].name, "mistral") == 0
-               && find_control(&s->tokenizer, "[INST]") >= 0;
-    return own ? &formats[COUNT(formats) - 1] : &formats[number];
-}
-
-// A template with its messages becomes tokens of the text.
-static void feed_template(Session *s, Text *text, const char *template, Bytes message) {
-    Bytes run = {0}, prompt = {(char *)s->options->system, 0, 0};
-    prompt.n = prompt.at ? strlen(prompt.at) : 0;
-    for (const char *p = template; *p; p++) {
-        const Bytes *insert = *p == '%' ? &message : *p == '$' ? &prompt : NULL;
-        const char *close = *p == '{' ? strchr(p, '}') : NULL;
-        if (insert)
-            append(&run, insert->at, insert->n);
-        else if (!close)
-            append(&run, p, 1);
-        if (!close && p[1]) continue;
-        encode(&text->ids, &s->tokenizer, run.at, run.n);
-        run.n = 0;
-        if (close) {
-            char *name = strndup(p + 1, (size_t)(close - p - 1));
-            int id = find_control(&s->tokenizer, name);
-            if (id < 0)
-                die("%s has no token %s, which the chat format wants", s->tokenizer_path, name);
-            push(&text->ids, id);
-            free(name);
-            p = close;
-        }
-    }
-    free(run.at);
-}
-
-static Bytes stripped(Bytes b, bool at_begin) {
-    while (b.n && isspace((unsigned char)b.at[b.n - 1])) b.n--;
-    while (b.n && at_begin && isspace((unsigned char)*b.at)) b.at++, b.n--;
-    return b;
+    uint32_t i = name ? COUNT(formats) - 1 : s->tokenizer.header.chat;
+    while (name && i > 0 && strcmp(name, formats[i].name) != 0) i--;
+    if (i == 0)
+        die("chat format '%s': -x wants llama2, llama3, chatml, mistral, mistral3 or zephyr",
+            name ? name : formats[0].name);
+    return &formats[i == MISTRAL && find_control(&s->tokenizer, "[INST]", 6) >= 0 ? MISTRAL3 : i];
 }
 
 // A message becomes a turn of the text.
-static void feed_turn(Session *s, Text *text, const struct Format *f, Bytes message) {
-    bool begins = text->ids.n == 0, system = begins && s->options->system && *s->options->system;
-    if (f->strips)  // Llama 2 strips the system prompt and the message as one
-        message = stripped(message, !(system && *f->before));
-    char *template = NEW(char, 1024);
-    snprintf(template, 1024, "%s%s%s%s", begins ? f->first : f->again, f->before,
-             system ? f->system : "", f->user);
-    feed_template(s, text, template, message);
-    free(template);
-}
-
-static void show_fed(const Text *text, size_t from) {
-    fputs("fed", stderr);
-    for (size_t i = from; i < text->ids.n; i++) fprintf(stderr, " %d", text->ids.at[i]);
-    fputc('\n', stderr);
+static void feed_turn(Session *s, Text *text, const struct Format *f, Piece message) {
+    const char *system = text->ids.n == 0 && s->options->system ? s->options->system : "";
+    const char *parts[] = {text->ids.n ? f->again : f->first, *system ? f->system : "", f->user};
+    bool front = f->strips == MESSAGE || (f->strips == BOTH && !*system);
+    Bytes words = {0};
+    while (f->strips && message.n && isspace((unsigned char)message.at[message.n - 1])) message.n--;
+    while (front && message.n && isspace((unsigned char)*message.at)) message.at++, message.n--;
+    for (int i = 0; i < COUNT(parts); i++)
+        for (const char *p = parts[i]; *p; p++)
+            if (*p == '%') append(&words, message.at, message.n);
+            else if (*p == '$') append(&words, system, strlen(system));
+            else if (*p != '{') append(&words, p, 1);
+            else {
+                size_t n = strcspn(++p, "}");
+                int id = find_control(&s->tokenizer, p, n);
+                if (id < 0) die("%s has no token %.*s, which the chat format wants",
+                                s->tokenizer_path, (int)n, p);
+                encode(&text->ids, &s->tokenizer, words.at, words.n);
+                push(&text->ids, id);
+                words.n = 0, p += n;
+            }
+    encode(&text->ids, &s->tokenizer, words.at, words.n);
+    free(words.at);
 }
 
 // One message and its answer. A conversation that no longer fits begins again, with the system
 // prompt and this message.
-static void talk(Session *s, Text *text, const struct Format *f, Bytes message) {
-    size_t before = text->ids.n;
+static void talk(Session *s, Text *text, const struct Format *f, Piece message) {
+    size_t before = text->ids.n, context = (size_t)s->state.context;
     feed_turn(s, text, f, message);
-    if ((int)text->ids.n >= s->state.context && before > 0) {
-        fprintf(stderr, "the context of %d tokens is full: beginning again\n", s->state.context);
-        text->ids.n = 0, text->pos = 0, before = 0;
+    if (before > 0 && text->ids.n >= context) {
+        fprintf(stderr, "the context of %zu is full: beginning again\n", context);
+        before = text->ids.n = 0, text->pos = 0;
         feed_turn(s, text, f, message);
     }
-    if (s->options->verbose) show_fed(text, before);
-    if ((int)text->ids.n > s->state.context) {
-        fprintf(stderr, "the message has %zu tokens, the context %d\n", text->ids.n,
-                s->state.context);
-        text->ids.n = 0, text->pos = 0;
+    for (size_t i = before; s->options->verbose && i < text->ids.n; i++)
+        fprintf(stderr, "%s %d%s", i == before ? "fed" : "", text->ids.at[i],
+                i + 1 == text->ids.n ? "\n" : "");
+    if (text->ids.n > context) {
+        fprintf(stderr, "the message has %zu tokens, the context %zu\n", text->ids.n, context);
         return;
     }
     text->decoder = (Decoder){.tokenizer = &s->tokenizer};
@@ -3164,292 +3166,229 @@ static void talk(Session *s, Text *text, const struct Format *f, Bytes message) 
     Stop stop = reply(s, text, catch_up(s, text));
     if (stop == INTERRUPTED) take_interrupt();
     hold_interrupt(false);
-    end_line(s, text);
-    if (stop == CONTEXT_FULL) {
-        fprintf(stderr, "the context of %d tokens is full: beginning again\n", s->state.context);
-        text->ids.n = 0, text->pos = 0;
-    }
+    end_reply(s, text, stop);
 }
 
 // Turns from -i and then, line by line, from standard input.
 static void run_chat(Session *s) {
     need_tokenizer(s);
+    need_state(s, INT64_MAX, 1, 1);
     const struct Format *format = format_of(s);
+    const char *prompt = s->options->prompt;
     bool terminal = isatty(STDIN_FILENO) && isatty(STDERR_FILENO);
     Text text = new_text(s, 0);
-    char *line = NULL;
-    size_t room = 0;
-    need_state(s, INT64_MAX, 1, 1);
+    Bytes line = {0};
     say_seed(s);
-    if (s->options->prompt)
-        talk(s, &text, format, (Bytes){(char *)s->options->prompt, strlen(s->options->prompt), 0});
-    for (;;) {
-        if (terminal) fputs("> ", stderr);
-        ssize_t n = getline(&line, &room, stdin);
-        if (n < 0) break;
-        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) n--;
-        if (n) talk(s, &text, format, (Bytes){line, (size_t)n, 0});
+    if (prompt) talk(s, &text, format, (Piece){prompt, strlen(prompt)});
+    while (fputs(terminal ? "> " : "", stderr), read_line(&line, stdin, "standard input")) {
+        while (line.n && line.at[line.n - 1] == '\r') line.n--;
+        if (line.n) talk(s, &text, format, (Piece){line.at, line.n});
     }
     if (terminal) fputc('\n', stderr);
-    free(line);
     free_text(&text);
 }
 
-// Bytes as a JSON string; what is not UTF-8 becomes U+FFFD.
-static void append_json(Bytes *out, const char *text, size_t n) {
-    append(out, "\"", 1);
-    for (size_t i = 0; i < n;) {
+// What stands before, and bytes as a JSON string; what is not UTF-8 becomes U+FFFD.
+static void print_json(Output *o, const char *before, const char *text, size_t n) {
+    print(o, "%s\"", before);
+    for (size_t i = 0, step; i < n; i += step) {
         uint32_t code;
-        char escape[8];
         int length = utf8(&code, (const uint8_t *)text + i, n - i);
+        step = (size_t)most(1, length);
         if (length <= 0)
-            append(out, "\xEF\xBF\xBD", 3);
+            print(o, "\uFFFD");
         else if (code < 32 || code == 127)
-            append(out, escape, (size_t)snprintf(escape, sizeof escape, "\\u%04x", code));
-        else {
-            append(out, "\\", code == '"' || code == '\\');
-            append(out, text + i, (size_t)length);
-        }
-        i += length <= 0 ? 1 : (size_t)length;
+            print(o, "\\u%04x", code);
+        else
+            print(o, "%s%.*s", code == '"' || code == '\\' ? "\\" : "", length, text + i);
     }
-    append(out, "\"", 1);
+    print(o, "\"");
 }
-
-// Scoring: what the model thought of each token of a text. The text is cut into windows of the
-// context, each with BOS in front if the model wants one and nothing else of the text before; the
-// first token of a window without BOS has no score.
-typedef void Judge(Session *s, void *sums, int id, float *scores);
-
-static void score_text(Session *s, Judge *judge, void *sums) {
-    enum { ROWS = 32 };
-    Bytes words = prompt_of(s->options);
-    Tokens ids = {0};
-    need_tokenizer(s);
-    const TokenizerHeader *h = &s->tokenizer.header;
-    bool bos = h->bos >= 0 && h->flags & ADDS_BOS;
-    encode(&ids, &s->tokenizer, words.at, words.n);
-    if (ids.n < 2) die("the text has %zu tokens, too few to score", ids.n);
-    need_state(s, (int64_t)ids.n + bos, 1, ROWS);
-    if (s->state.context < 2) die("a context of 1 token has no room for one to score");
-    Progress progress = start_progress("scoring");
-    for (size_t at = 0, n; at < ids.n; at += n - bos) {
-        n = bos + (size_t)least(s->state.context - bos, (int)(ids.n - at));
-        const int *window = ids.at + at - bos;  // window[0] is BOS if there is one
-        for (size_t from = 0; from < n; from += ROWS) {
-            Step steps[ROWS];
-            int rows = least(ROWS, (int)(n - from));
-            for (int t = 0; t < rows; t++) {
-                int pos = (int)from + t;
-                steps[t] = (Step){bos && pos == 0 ? h->bos : window[pos], 0, pos};
-            }
-            forward(&s->state, steps, rows);
-            float *scores = logits(&s->state, 0, rows);
-            for (int t = 0; t < rows && from + (size_t)t + 1 < n; t++)
-                judge(s, sums, window[from + (size_t)t + 1],
-                      row(scores, t, s->model.config.vocab_size));
-            show_progress(&progress, (double)(at + from), (double)ids.n);
-        }
-    }
-    end_progress(&progress);
-    free(words.at);
-    free(ids.at);
-}
-
-// Natural logarithm of the probability that logits give to a token; they become probabilities.
-static double log_probability(float *scores, int n, int id) {
-    double above = (double)scores[id] - (double)scores[most_likely(scores, n)];
-    return above - log((double)softmax(scores, n, 1));
-}
-
-typedef struct { double nats, tokens; } Loss;
-
-static void add_loss(Session *s, void *sums, int id, float *scores) {
-    Loss *loss = sums;
-    loss->nats -= log_probability(scores, s->model.config.vocab_size, id);
-    loss->tokens++;
-}
-
-static void run_perplexity(Session *s) {
-    Loss loss = {0, 0};
-    score_text(s, add_loss, &loss);
-    double mean = loss.nats / loss.tokens;
-    if (fprintf(s->out.file, "nats %.6f per token\nperplexity %.4f\ntokens %.0f\n", mean, exp(mean),
-                loss.tokens) < 0)
-        fail_output(&s->out);
-}
-
-// A token as a line: its text, log-probability, rank, and the likeliest with their probabilities.
-// On a terminal as text on a ground that grows from none over yellow to red with its surprise.
-static void show_score(Session *s, void *unused, int id, float *scores) {
-    enum { SHOWN = 3 };
-    (void)unused;
-    int n = s->model.config.vocab_size, rank = 1, likeliest[SHOWN];
-    double score = log_probability(scores, n, id);
-    Piece p = piece(&s->tokenizer, id);
-    Bytes line = {0};
-    for (int i = 0; i < n; i++)
-        rank += scores[i] > scores[id] || (scores[i] == scores[id] && i < id);
-    if (isatty(fileno(s->out.file))) {
-        int ground = score > -1 ? 255 : score > -3 ? 230 : score > -5 ? 222 : score > -8 ? 209
-                                                                                       : 196;
-        append(&line, p.at, p.n);
-        disarm(&line);
-        fprintf(s->out.file, "\033[30;48;5;%dm%.*s\033[0m", ground, (int)line.n, line.at);
-        free(line.at);
-        return;
-    }
-    append_json(&line, p.at, p.n);
-    fprintf(s->out.file, "%d\t%.*s\t%.4f\t%d", id, (int)line.n, line.at, score, rank);
-    for (int k = 0; k < SHOWN && k < n; k++) {
-        likeliest[k] = most_likely(scores, n);
-        p = piece(&s->tokenizer, likeliest[k]);
-        line.n = 0;
-        append_json(&line, p.at, p.n);
-        fprintf(s->out.file, "\t%.*s\t%.4f", (int)line.n, line.at, (double)scores[likeliest[k]]);
-        scores[likeliest[k]] = -1;
-    }
-    fputc('\n', s->out.file);
-    free(line.at);
-}
-
-static void run_score(Session *s) { score_text(s, show_score, NULL); }
 
 // Many prompts, one a line, decoded together: the weights are read once for all of them.
 typedef struct {
     Text text;
-    size_t line;       // which it is; 0: the slot is free
     Bytes prompt;
+    const char *stop;  // why the text has ended; NULL: it goes on
 } Task;
 
-typedef struct {
-    FILE *in;
-    size_t read;       // lines begun
-    size_t written;    // lines whose results are out
-    Bytes *results;    // those that wait for an earlier one, by line - 1
-    size_t room;
-} Queue;
+// One more token, from the logits before it. Returns the task, or NULL if that was its last.
+static Task *extend_task(Session *s, Task *t, float *scores) {
+    static const char *const reasons[] = {
+        [GOES_ON] = NULL, [ENDED] = "end", [REACHED_LIMIT] = "limit", [CONTEXT_FULL] = "context"};
+    t->stop = reasons[extend(s, &t->text, scores)];
+    return t->stop ? NULL : t;
+}
 
-static const char *const stops[] = {"end", "limit", "context"};
+// The prompt goes into a slot of the cache. Returns the task, or NULL if it ends at once.
+static Task *start_task(Session *s, Task *t, int slot) {
+    t->text = new_text(s, slot);
+    feed(s, &t->text, t->prompt.at, t->prompt.n);
+    decode_all(&t->text);
+    t->text.ready.n = 0;  // only the answer is text
+    bool fits = t->text.ids.n > 0 && t->text.ids.n <= (size_t)s->state.context;
+    t->stop = fits ? "limit" : "context";
+    return fits && s->options->steps ? extend_task(s, t, catch_up(s, &t->text)) : NULL;
+}
 
-// The result of a task, out as soon as all before it are.
-static void finish_task(Queue *q, Task *t, Stop stop) {
-    Bytes out = {0};
-    char numbers[64];
+static Step next_step(Text *t) { return (Step){t->ids.at[t->ids.n - 1], t->slot, t->pos++}; }
+
+// Returns how many tokens it has.
+static double write_result(Session *s, Task *t) {
+    double made = (double)t->text.made;
     flush(&t->text.ready, &t->text.decoder);
-    append(&out, "{\"prompt\": ", 11);
-    append_json(&out, t->prompt.at, t->prompt.n);
-    append(&out, ", \"text\": ", 10);
-    append_json(&out, t->text.ready.at, t->text.ready.n);
-    append(&out, numbers, (size_t)snprintf(numbers, sizeof numbers, ", \"tokens\": %lld, \"stop\": "
-                                           "\"%s\"}\n", (long long)t->text.made, stops[stop]));
-    grow((void **)&q->results, &q->room, q->read, sizeof *q->results);
-    q->results[t->line - 1] = out;
+    print_json(&s->out, "{\"prompt\": ", t->prompt.at, t->prompt.n);
+    print_json(&s->out, ", \"text\": ", t->text.ready.at, t->text.ready.n);
+    print(&s->out, ", \"tokens\": %.0f, \"stop\": \"%s\"}\n", made, t->stop);
     free(t->prompt.at);
     free_text(&t->text);
     *t = (Task){0};
+    return made;
 }
 
-// Results in order, as far as they are there.
-static void write_results(Session *s, Queue *q) {
-    for (; q->written < q->read && q->results[q->written].n; q->written++) {
-        write_bytes(&s->out, q->results[q->written].at, q->results[q->written].n);
-        free(q->results[q->written].at);
-    }
-    if (fflush(s->out.file) != 0) fail_output(&s->out);
-}
-
-// One more token for a task, from the logits before it; the task is finished when that was its
-// last.
-static void extend_task(Session *s, Queue *q, Task *t, float *scores) {
-    Stop stop = extend(s, &t->text, scores);
-    if (stop != GOES_ON) finish_task(q, t, stop);
-}
-
-// The next line as a task in a free slot; false: there are no more.
-static bool start_task(Session *s, Queue *q, Task *t, int slot) {
-    size_t room = 0;
-    char *line = NULL;
-    ssize_t n = getline(&line, &room, q->in);
-    if (n < 0) {
-        free(line);
-        return false;
-    }
-    n -= n && line[n - 1] == '\n';
-    grow((void **)&q->results, &q->room, q->read + 1, sizeof *q->results);
-    q->results[q->read++] = (Bytes){0};
-    *t = (Task){.text = new_text(s, slot), .line = q->read, .prompt = {line, (size_t)n, room}};
-    feed(s, &t->text, line, (size_t)n);
-    for (size_t i = 0; i < t->text.ids.n; i++)
-        decode(&t->text.ready, &t->text.decoder, t->text.ids.at[i]);
-    t->text.ready.n = 0;  // only the answer is text
-    if (t->text.ids.n == 0 || (int)t->text.ids.n > s->state.context)
-        finish_task(q, t, CONTEXT_FULL);
-    else if (s->options->steps == 0)
-        finish_task(q, t, REACHED_LIMIT);
-    else
-        extend_task(s, q, t, catch_up(s, &t->text));
-    return true;
-}
-
-// All tasks go one token further.
-static void step_tasks(Session *s, Queue *q, Task *tasks, int width) {
-    Step *steps = NEW(Step, width);
-    Task **active = NEW(Task *, width);
-    int n = 0;
-    for (int i = 0; i < width; i++)
-        if (tasks[i].line) {
-            Text *text = &tasks[i].text;
-            steps[n] = (Step){text->ids.at[text->ids.n - 1], i, text->pos++};
-            active[n++] = &tasks[i];
-        }
-    if (n) {
-        forward(&s->state, steps, n);
-        float *scores = logits(&s->state, 0, n);
-        for (int i = 0; i < n; i++)
-            extend_task(s, q, active[i], row(scores, i, s->model.config.vocab_size));
-    }
-    free(steps);
-    free(active);
-}
-
+// Results wait in a ring for those before them; no line is begun that has no place in it.
 static void run_batch(Session *s) {
+    enum { WAITING = 1 << 13 };
     const char *path = s->options->batch ? s->options->batch : "-";
     int width = s->options->width ? (int)s->options->width : 8;
-    Queue q = {.in = strcmp(path, "-") == 0 ? stdin : fopen(path, "r")};
-    if (!q.in) die("%s: %s", path, strerror(errno));
+    size_t places = (size_t)width + WAITING, begun = 0, written = 0;
+    FILE *in = strcmp(path, "-") == 0 ? stdin : fopen(path, "r");
+    if (!in) die("%s: %s", path, strerror(errno));
     need_tokenizer(s);
     need_state(s, INT64_MAX, width, width);
     say_seed(s);
-    Task *tasks = NEW(Task, width);
+    Task *ring = NEW(Task, places), **running = NEW(Task *, width);
+    Step *steps = NEW(Step, width);
     double begin = seconds(), made = 0;
-    for (bool more = true, busy = true; busy;) {
-        busy = false;
+    for (int n = 1; n > 0 || !feof(in);) {
+        n = 0;
         for (int i = 0; i < width; i++) {
-            while (more && tasks[i].line == 0) more = start_task(s, &q, &tasks[i], i);
-            busy |= tasks[i].line != 0;
-            made += tasks[i].line != 0;
+            while (!running[i] && begun - written < places
+                   && read_line(&ring[begun % places].prompt, in, path))
+                running[i] = start_task(s, &ring[begun++ % places], i);
+            if (running[i]) steps[n++] = next_step(&running[i]->text);
         }
-        step_tasks(s, &q, tasks, width);
-        write_results(s, &q);
+        if (n > 0) forward(&s->state, steps, n);
+        float *scores = n > 0 ? logits(&s->state, 0, n) : NULL;
+        for (int i = 0; i < n; i++) {
+            Task **t = &running[steps[i].slot];
+            *t = extend_task(s, *t, row(scores, i, s->model.config.vocab_size));
+        }
+        while (written < begun && ring[written % places].stop)
+            made += write_result(s, &ring[written++ % places]);
+        send_off(&s->out);
     }
     say_speed("generated", made, seconds() - begin);
-    if (q.in != stdin) fclose(q.in);
-    free(q.results);
-    free(tasks);
+    if (in != stdin) fclose(in);
+    free(ring);
+    free(running);
+    free(steps);
 }
+
+// What the model thought of the tokens of a text: those so far, and whether each is shown.
+typedef struct { double nats, tokens; bool shows; } Loss;
+
+// A token as a line: its text, log-probability, rank, and the likeliest with their probabilities.
+// On a terminal as text on a ground that grows from none over yellow to red with its surprise.
+static void show_score(Session *s, int id, double score, float *p) {
+    int n = s->model.config.vocab_size, rank = 1;
+    Piece words = piece(&s->tokenizer, id);
+    Bytes shown = {0};
+    if (isatty(fileno(s->out.file))) {
+        static const uint8_t grounds[] = {255, 230, 230, 222, 222, 209, 209, 209, 196};
+        int ground = grounds[score > -8 ? (int)-score : 8];
+        append(&shown, words.at, words.n);
+        disarm(&shown);
+        print(&s->out, "\033[30;48;5;%dm%.*s\033[0m", ground, (int)shown.n, shown.at);
+        free(shown.at);
+        return;
+    }
+    for (int i = 0; i < n; i++) rank += p[i] > p[id] || (p[i] == p[id] && i < id);
+    print(&s->out, "%d", id);
+    print_json(&s->out, "\t", words.at, words.n);
+    print(&s->out, "\t%.4f\t%d", score, rank);
+    for (int k = 0; k < 3 && k < n; k++) {
+        int likeliest = most_likely(p, n);
+        words = piece(&s->tokenizer, likeliest);
+        print_json(&s->out, "\t", words.at, words.n);
+        print(&s->out, "\t%.4f", (double)p[likeliest]);
+        p[likeliest] = -1;
+    }
+    print(&s->out, "\n");
+}
+
+static void judge(Session *s, Loss *loss, int id, float *scores) {
+    int n = s->model.config.vocab_size;
+    double above = (double)scores[id] - (double)scores[most_likely(scores, n)];
+    double score = above - log((double)softmax(scores, n, 1));  // of its probability
+    loss->nats -= score;
+    loss->tokens++;
+    if (loss->shows) show_score(s, id, score, scores);
+}
+
+enum { ROWS = 32 };  // of logits at once
+
+// The logits after each id, in order, are judged, or written if `loss` is NULL. The ids are cut
+// into windows of the context, each with `bos` in front unless that is -1, and seeing nothing of
+// those before; the first token of a window without BOS has no score.
+static void judge_ids(Session *s, const int *ids, size_t count, int bos, Loss *loss) {
+    State *state = &s->state;
+    int batch = s->options->width ? least(state->batch, (int)s->options->width) : state->batch;
+    int vocab = s->model.config.vocab_size;
+    Step *steps = NEW(Step, state->context);
+    Progress progress = start_progress("reading");
+    for (size_t at = 0; at < count;) {
+        int n = 0;
+        if (bos >= 0) steps[n++] = (Step){bos, 0, 0};
+        for (; n < state->context && at < count; n++) steps[n] = (Step){ids[at++], 0, n};
+        for (int t = 0; t < n; t++) {
+            int done = t % batch, left = least(batch - done, n - t);
+            if (done == 0) forward(state, steps + t, left);
+            if (done % ROWS == 0) logits(state, done, least(ROWS, left));
+            float *scores = row(state->logits, done % ROWS, vocab);
+            if (!loss) write_bytes(&s->out, scores, (size_t)vocab * sizeof *scores);
+            else if (t + 1 < n) judge(s, loss, steps[t + 1].id, scores);
+            show_progress(&progress, (double)at - n + t, (double)count);
+        }
+    }
+    end_progress(&progress);
+    free(steps);
+}
+
+static Loss score_text(Session *s, bool shows) {
+    Loss loss = {0, 0, shows};
+    Text text = given_text(s);
+    bool bos = has_bos(&s->tokenizer.header);
+    size_t n = text.ids.n - bos;
+    if (n < 2) die("the text has %zu tokens, too few to score", n);
+    need_state(s, (int64_t)text.ids.n, 1, ROWS);
+    if (s->state.context < 2) die("a context of 1 token has no room for one to score");
+    judge_ids(s, text.ids.at + bos, n, bos ? text.ids.at[0] : -1, &loss);
+    free_text(&text);
+    return loss;
+}
+
+static void run_perplexity(Session *s) {
+    Loss loss = score_text(s, false);
+    print(&s->out, "nats %.6f per token\nperplexity %.4f\ntokens %.0f\n", loss.nats / loss.tokens,
+          exp(loss.nats / loss.tokens), loss.tokens);
+}
+
+static void run_score(Session *s) { score_text(s, true); }
 
 // Token ids in decimal, separated by white space.
 static Tokens read_ids(const char *path, int vocab_size) {
+    static const char space[] = " \t\r\n";
     const char *name = path ? path : "standard input";
     Bytes b = read_text(path ? path : "-");
     Tokens ids = {0};
     append(&b, "", 1);
-    for (char *p = b.at, *end; (p += strspn(p, " \t\r\n")) < b.at + b.n - 1; p = end) {
-        errno = 0;
-        long id = strtol(p, &end, 10);
-        if (end == p || (*end && !strchr(" \t\r\n", *end)) || errno || id < 0 || id >= vocab_size)
-            die("%s: '%.*s' at byte %td is not a token id of 0 to %d", name,
-                least(20, (int)strcspn(p, " \t\r\n")), p, p - b.at, vocab_size - 1);
+    for (char *p = b.at, *end; (p += strspn(p, space)) < b.at + b.n - 1; p = end) {
+        long id = strtol(p, &end, 10);  // the largest long for what is larger
+        int length = (int)strcspn(p, space);
+        if (length == 0 || end != p + length || id < 0 || id >= vocab_size)
+            die("%s: '%.*s' at byte %td is not a token id of 0 to %d", name, least(20, length), p,
+                p - b.at, vocab_size - 1);
         push(&ids, (int)id);
     }
     if (ids.n == 0) die("%s: no token ids", name);
@@ -3459,163 +3398,126 @@ static Tokens read_ids(const char *path, int vocab_size) {
 
 // Token ids from -f, their logits as float32 (tokens, vocabulary) to -o.
 static void run_logits(Session *s) {
-    enum { ROWS = 32 };
-    const Config *c = &s->model.config;
-    Tokens ids = read_ids(s->options->file, c->vocab_size);
+    Tokens ids = read_ids(s->options->file, s->model.config.vocab_size);
     need_state(s, (int64_t)ids.n, 1, ROWS);
     if (ids.n > (size_t)s->state.context)
         die("there are %zu tokens, the context is %d", ids.n, s->state.context);
-    Step *steps = NEW(Step, ids.n);
-    for (size_t i = 0; i < ids.n; i++) steps[i] = (Step){ids.at[i], 0, (int)i};
-    Progress progress = start_progress("logits");
-    int batch = s->options->width ? least(s->state.batch, (int)s->options->width) : s->state.batch;
-    for (int at = 0, n; at < (int)ids.n; at += n) {
-        n = least(batch, (int)ids.n - at);
-        forward(&s->state, steps + at, n);
-        for (int t = 0; t < n; t += ROWS) {
-            int rows = least(ROWS, n - t);
-            write_bytes(&s->out, logits(&s->state, t, rows),
-                        (size_t)rows * (size_t)c->vocab_size * sizeof(float));
-        }
-        show_progress(&progress, at + n, (double)ids.n);
-    }
-    end_progress(&progress);
-    free(steps);
+    judge_ids(s, ids.at, ids.n, -1, NULL);
     free(ids.at);
 }
 
 // The ids of the text, one a line, without BOS.
 static void run_tokens(Session *s) {
-    need_tokenizer(s);
-    Bytes text = prompt_of(s->options);
-    Tokens ids = {0};
-    encode(&ids, &s->tokenizer, text.at, text.n);
-    for (size_t i = 0; i < ids.n; i++)
-        if (fprintf(s->out.file, "%d\n", ids.at[i]) < 0)
-            fail_output(&s->out);
-    free(text.at);
-    free(ids.at);
+    Text text = given_text(s);
+    size_t bos = has_bos(&s->tokenizer.header);
+    for (size_t i = bos; i < text.ids.n; i++) print(&s->out, "%d\n", text.ids.at[i]);
+    free_text(&text);
 }
 
-static double parameters(const Model *m) {
-    double sum = 0;
+// What a model has, what of it one token reads, and the multiply-adds of one in the layers.
+typedef struct { double parameters, bytes, products; } Cost;
+
+static Cost cost_of(const Config *c) {
+    Cost cost = {0, 0, 0};
     for (SlotId i = 0; i < SLOTS; i++) {
-        Tensor w = blank_tensor(&m->config, i);
-        double layers = slots[i].per_layer ? m->config.n_layers : 1;
-        sum += has_slot(&m->config, i) ? layers * w.rows * w.cols : 0;
+        Tensor w = blank_tensor(c, i);
+        double count = !has_slot(c, i) ? 0 : slots[i].per_layer ? c->n_layers : 1;
+        double size = count * w.rows * w.cols;
+        cost.parameters += size;
+        cost.bytes += i == EMBEDDING && !(c->flags & TIED) ? 0 : count * (double)tensor_bytes(&w);
+        cost.products += slots[i].per_layer && slots[i].rows != ONE ? size : 0;
     }
-    return sum;
+    return cost;
 }
 
 // What the checkpoint and the tokenizer hold, and the memory they take: one `name value` a line.
 static void run_info(Session *s) {
-    const Config *c = &s->model.config;
-    FILE *out = s->out.file;
-    int context = s->options->context ? least((int)s->options->context, c->max_seq_len)
-                                      : c->max_seq_len;
-    Room room = {context, 1, 1, default_batch(c)};
-    fprintf(out, "file %s\nformat %s\nweights %s\nparameters %.0f\n", s->model.file.path,
-            s->model.form, type_names[c->type], parameters(&s->model));
+    const Model *m = &s->model;
+    const Config *c = &m->config;
+    int64_t wanted = s->options->context;
+    Room room = {least(wanted ? (int)wanted : INT_MAX, c->max_seq_len), 1, 1, default_batch(c)};
+    print(&s->out, "file %s\nformat %s\nweights %s\nparameters %.0f\n", m->file.path, m->form,
+          type_names[c->type], cost_of(c).parameters);
     for (int i = 1; i < COUNT(fields); i++)
-        fprintf(out, "%s %.10g\n", fields[i].name, field_value(c, &fields[i]));
-    fprintf(out, "weights %.1f MB\nstate %.1f MB\nthreads %d\n", (double)s->model.file.size / 1e6,
-            (double)state_bytes(&s->model, &s->pool, room) / 1e6, s->pool.threads);
+        print(&s->out, "%s %.10g\n", fields[i].name, field_value(c, &fields[i]));
+    print(&s->out, "weights %.1f MB\nstate %.1f MB\nthreads %d\n", (double)m->file.size / 1e6,
+          (double)state_bytes(m, &s->pool, room) / 1e6, s->pool.threads);
     need_tokenizer(s);
     const TokenizerHeader *t = &s->tokenizer.header;
-    fprintf(out, "tokenizer %s\nkind %s\ntokens %u\nbos %d\n", s->tokenizer_path,
-            t->kind == SENTENCEPIECE ? "SentencePiece" : "byte-level", t->n_tokens, t->bos);
-    for (uint32_t i = 0; i < t->n_ends; i++) fprintf(out, "end %d\n", t->ends[i]);
+    print(&s->out, "tokenizer %s\nkind %s\ntokens %u\nbos %d\n", s->tokenizer_path,
+          t->kind == SENTENCEPIECE ? "SentencePiece" : "byte-level", t->n_tokens, t->bos);
+    for (uint32_t i = 0; i < t->n_ends; i++) print(&s->out, "end %d\n", t->ends[i]);
 }
 
-// Writing the model in another type, panel by panel.
+// Rows of a matrix in another type: threads pack them, and then they go out.
+enum { PACKED = 64 * PANEL };
 typedef struct {
     const Tensor *from;
+    int first;                            // the first of them
     Type type;
-    int first;        // panel that `panels` begins with
-    uint8_t *panels;
-    float *rows;      // (threads, columns padded to groups)
-    double *error, *power;  // (panels) sums of squares
+    uint8_t *panels;                      // that they become
+    double error[PACKED], power[PACKED];  // sums of squares
 } Packing;
 
-static void pack_panels(void *job, int thread, int first, int end) {
-    const Packing *p = job;
+static void pack_rows(void *job, int thread, int first, int end) {
+    Packing *p = job;
     const Tensor *w = p->from;
-    size_t wide = group_count(w->cols) * GROUP, bytes = panel_bytes(p->type, w->cols);
-    float *x = p->rows + (size_t)thread * wide;
+    size_t padded = group_count(w->cols) * GROUP;
+    float *x = NEW(float, padded);
+    (void)thread;
     for (int i = first; i < end; i++) {
-        memset(p->panels + (size_t)i * bytes, 0, bytes);
-        p->error[i] = p->power[i] = 0;
-        for (int r = 0; r < PANEL; r++) {
-            int row = (p->first + i) * PANEL + r;
-            memset(x, 0, wide * sizeof *x);
-            if (row < w->rows) unpack_row(x, w, row);
-            for (int j = 0; j < w->cols; j++) p->power[i] += (double)x[j] * (double)x[j];
-            p->error[i] += pack_row(p->panels + (size_t)i * bytes, p->type, r, x, w->cols);
-        }
+        uint8_t *panel = p->panels + (size_t)(i / PANEL) * panel_bytes(p->type, w->cols);
+        memset(x, 0, padded * sizeof *x);
+        if (p->first + i < w->rows) unpack_row(x, w, p->first + i);
+        p->power[i] = 0;
+        for (int j = 0; j < w->cols; j++) p->power[i] += (double)x[j] * (double)x[j];
+        p->error[i] = pack_row(panel, p->type, i % PANEL, x, w->cols);
     }
+    free(x);
 }
 
-// A matrix in panels to the output; adds to the sums of squares of its errors and weights.
-static void write_packed(Session *s, const Tensor *w, Type type, const char *name, double *sums,
-                         Progress *progress, double all) {
-    enum { AT_ONCE = 64 };
+// Adds to the sums of squares of errors and of weights.
+static void write_packed(Output *o, Pool *pool, const Tensor *w, Type type, double sums[2]) {
     Packing p = {.from = w, .type = type};
-    int panels = (int)panel_count(w->rows);
     size_t bytes = panel_bytes(type, w->cols);
-    double error[AT_ONCE], power[AT_ONCE];
-    p.panels = new_array(AT_ONCE, bytes);
-    p.rows = NEW(float, (size_t)s->pool.threads * group_count(w->cols) * GROUP);
-    p.error = error, p.power = power;
-    for (p.first = 0; p.first < panels; p.first += AT_ONCE) {
-        int n = least(AT_ONCE, panels - p.first);
-        parallel(&s->pool, n, pack_panels, &p);
-        for (int i = 0; i < n; i++) sums[0] += error[i], sums[1] += power[i];
-        if (!(sums[0] < INFINITY && sums[1] < INFINITY))
-            die("%s: %s holds weights that are infinite, not numbers or too large for %s",
-                s->model.file.path, name, type_names[type]);
-        write_bytes(&s->out, p.panels, (size_t)n * bytes);
-        show_progress(progress, (double)(w->data - s->model.file.at), all);
+    p.panels = new_array(PACKED / PANEL, bytes);
+    for (int rows; p.first < w->rows; p.first += rows) {
+        rows = least(PACKED, (int)panel_count(w->rows) * PANEL - p.first);
+        memset(p.panels, 0, PACKED / PANEL * bytes);
+        parallel(pool, rows, pack_rows, &p);
+        for (int i = 0; i < rows; i++) sums[0] += p.error[i], sums[1] += p.power[i];
+        write_bytes(o, p.panels, (size_t)rows / PANEL * bytes);
     }
     free(p.panels);
-    free(p.rows);
-}
-
-// One tensor, from the next 64-byte boundary on; returns where it ends.
-static uint64_t write_tensor(Session *s, SlotId id, int layer, Type type, uint64_t at, double *sums,
-                             Progress *progress) {
-    static const uint8_t zeros[LINE] = {0};
-    const Tensor *w = tensor_at(&s->model, id, layer);
-    if (!has_slot(&s->model.config, id)) return at;
-    Tensor packed = {slots[id].rows == ONE ? F32 : type, w->rows, w->cols, NULL};
-    uint64_t begin = round_up(at, LINE);
-    write_bytes(&s->out, zeros, begin - at);
-    if (packed.type == F32)
-        write_bytes(&s->out, w->data, tensor_bytes(w));
-    else
-        write_packed(s, w, type, slots[id].name, sums, progress, (double)s->model.file.size);
-    return begin + tensor_bytes(&packed);
 }
 
 static void run_quantize(Session *s) {
+    static const uint8_t zeros[LINE] = {0};
     const Options *o = s->options;
-    Config c = s->model.config;
-    if (!o->output || !o->type)
-        die("-m quantize wants -q q8 or -q q4, and -o for the file to write");
-    Type type = strcmp(o->type, "q8") == 0 ? Q8 : Q4;
-    if (strcmp(o->type, type_names[type]) != 0) die("-q wants q8 or q4, not '%s'", o->type);
-    if (c.type == Q4) die("%s: q4 is not quantized again", o->model);
-    c.type = type;
+    Model *m = &s->model;
+    Config c = m->config;
     double sums[SLOTS][2] = {0};
-    Header header = {MAGIC, 1, c, {0}, 0};
     uint64_t at = HEADER;
+    int l = 0;
+    if (c.type == Q4) die("%s: q4 is not quantized again", o->model);
+    c.type = o->type && strcmp(o->type, "q4") == 0 ? Q4 : Q8;
+    if (!o->output || !o->type || strcmp(o->type, type_names[c.type]) != 0)
+        die("-m quantize wants -q q8 or q4 and -o for the file to write, not -q '%s' and -o '%s'",
+            o->type ? o->type : "", o->output ? o->output : "");
+    Header header = {MAGIC, 1, c, {0}, 0};
     write_bytes(&s->out, &header, HEADER);
     Progress progress = start_progress("quantizing");
-    at = write_tensor(s, EMBEDDING, 0, type, at, sums[EMBEDDING], &progress);
-    for (int l = 0; l < c.n_layers; l++)
-        for (SlotId i = ATTENTION_NORM; i <= W2; i++)
-            at = write_tensor(s, i, l, type, at, sums[i], &progress);
-    at = write_tensor(s, FINAL_NORM, 0, type, at, sums[FINAL_NORM], &progress);
-    at = write_tensor(s, CLASSIFIER, 0, type, at, sums[CLASSIFIER], &progress);
+    for (SlotId i = 0; i < SLOTS; i = next_slot(&c, i, &l)) {
+        if (!has_slot(&c, i)) continue;
+        const Tensor *w = tensor_at(m, i, l), to = blank_tensor(&c, i);
+        write_bytes(&s->out, zeros, round_up(at, LINE) - at);
+        if (to.type == F32) write_bytes(&s->out, w->data, tensor_bytes(w));
+        else write_packed(&s->out, &s->pool, w, c.type, sums[i]);
+        if (!(sums[i][0] < INFINITY && sums[i][1] < INFINITY))
+            die("%s: %s has weights that are no numbers or too large", o->model, slots[i].name);
+        at = round_up(at, LINE) + tensor_bytes(&to);
+        show_progress(&progress, (double)(w->data - m->file.at), (double)m->file.size);
+    }
     end_progress(&progress);
     header.size = at;
     if (fseek(s->out.file, 0, SEEK_SET) != 0) fail_output(&s->out);
@@ -3626,157 +3528,92 @@ static void run_quantize(Session *s) {
                     sqrt(sums[i][0] / sums[i][1]));
 }
 
-// Measuring: what the machine can do, and what share of it the model's work reaches.
+// Measuring: what the machine can do, and what share of it the model's work reaches. CHAINS
+// independent sums are as many as latency times units, and registers, want.
+enum { CHAINS = 12, ROUNDS = 1 << 10, READ_PART = 64 * CHAINS * LANES * 4, TRIALS = 5 };
 
-enum { READ_PART = 1 << 16, COUNT_ITEMS = 1 << 10 };
-
+// n items of a ceiling, or n steps from position `from` on, `batch` at a time, with logits after
+// each batch.
 typedef struct {
+    enum { STEPS, READ, MULTIPLY, DOT } what;
+    int n, from, batch;
     const uint8_t *at;
-    uint8_t *sums;  // (threads, LINE), so that the work is not optimised away
-} Ceiling;
+} Trial;
 
-// Read 64 KB an item, as fast as lines can be loaded.
-static void read_items(void *job, int thread, int first, int end) {
-    const Ceiling *c = job;
-    i32v sum[4] = {load_line(c->sums + thread * LINE), spread_int(0), spread_int(0), spread_int(0)};
-    for (size_t i = (size_t)first * READ_PART; i < (size_t)end * READ_PART; i += 4 * LINE)
-        UNROLL for (int j = 0; j < 4; j++) {
-            i32v line = load_line(c->at + i + (size_t)j * LINE);
-            EACH_PART sum[j].p[k] ^= line.p[k];
-        }
-    UNROLL for (int j = 0; j < 4; j++)
-        EACH_PART sum[0].p[k] ^= sum[j].p[k];
-    memcpy(c->sums + thread * LINE, sum, LINE);
-}
-
-enum { CHAINS = 12 };  // independent sums: as many as latency times units, and registers, want
-
-// CHAINS multiply-adds of a register, 1024 times an item.
-static void multiply_items(void *job, int thread, int first, int end) {
-    const Ceiling *c = job;
-    FloatPart sum[CHAINS], x = (FloatPart)*(const LooseInts *)(c->sums + thread * LINE);
-    UNROLL for (int j = 0; j < CHAINS; j++)
-        sum[j] = x + (float)j;
-    for (int i = first * 1024; i < end * 1024; i++)
+// An item: READ_PART bytes, or ROUNDS times CHAINS multiply-adds or dot products of a register.
+static void strain(void *job, int thread, int first, int end) {
+    const Trial *t = job;
+    IntPart sum[CHAINS], x = (IntPart)((float)t->n - (FloatPart){0});
+    size_t from = (size_t)first * READ_PART, to = (size_t)end * READ_PART;
+    (void)thread;
+    UNROLL for (int j = 0; j < CHAINS; j++) sum[j] = x + j;
+    for (size_t i = from; t->what == READ && i < to; i += sizeof sum)
         UNROLL for (int j = 0; j < CHAINS; j++)
-            sum[j] = fused(x, x, sum[j]);
-    UNROLL for (int j = 1; j < CHAINS; j++)
-        sum[0] += sum[j];
-    memcpy(c->sums + thread * LINE, sum, sizeof *sum);
-}
-
-static void dot_items(void *job, int thread, int first, int end) {
-    const Ceiling *c = job;
-    IntPart sum[CHAINS], x = *(const LooseInts *)(c->sums + thread * LINE);
-    UNROLL for (int j = 0; j < CHAINS; j++)
-        sum[j] = x + j;
-    for (int i = first * 1024; i < end * 1024; i++)
+            sum[j] ^= *(const LooseInts *)(t->at + i + (size_t)j * sizeof x);
+    for (int i = first * ROUNDS; t->what == MULTIPLY && i < end * ROUNDS; i++)
+        UNROLL for (int j = 0; j < CHAINS; j++)
+            sum[j] = (IntPart)fused((FloatPart)x, (FloatPart)x, (FloatPart)sum[j]);
+    for (int i = first * ROUNDS; t->what == DOT && i < end * ROUNDS; i++)
         UNROLL for (int j = 0; j < CHAINS; j++)
             sum[j] = dot4(sum[j], x, sum[j]);  // of x and x all would share one
-    UNROLL for (int j = 1; j < CHAINS; j++)
-        sum[0] ^= sum[j];
-    memcpy(c->sums + thread * LINE, sum, sizeof *sum);
+    UNROLL for (int j = 1; j < CHAINS; j++) sum[0] ^= sum[j];
+    volatile IntPart kept = sum[0];  // so that no work is left out
+    (void)kept;
 }
-
-enum { TRIALS = 5 };
 
 static int by_value(const void *a, const void *b) {
     return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
 }
 
-// Median time of a job.
-static double time_job(Pool *pool, int items, Work *work, void *job) {
+// Say how often a second it is done, the median of TRIALS, times what that is worth; return that.
+static double measure(Session *s, const char *name, Trial t, double worth, const char *unit) {
     double times[TRIALS];
+    Text text = {0};
+    t.at = s->model.file.at;
+    for (int i = 0; t.what == STEPS && i < t.from + t.n; i++)
+        push(&text.ids, i * 7 % s->model.config.vocab_size);
+    text.ids.n = (size_t)t.from;
+    if (t.from > 0) catch_up(s, &text);
     for (int i = 0; i < TRIALS; i++) {
         double start = seconds();
-        parallel(pool, items, work, job);
+        if (t.what != STEPS) parallel(&s->pool, t.n, strain, &t);
+        for (text.pos = t.from; t.what == STEPS && text.pos < t.from + t.n;) {
+            text.ids.n = (size_t)(text.pos + t.batch);
+            catch_up(s, &text);
+        }
         times[i] = seconds() - start;
     }
+    free_text(&text);
     qsort(times, TRIALS, sizeof *times, by_value);
-    return times[TRIALS / 2];
-}
-
-// Run n steps from position `from` on, `batch` at a time, with logits after each batch.
-static void run_steps(Session *s, int from, int n, int batch) {
-    Step *steps = NEW(Step, n);
-    for (int i = 0; i < n; i++)
-        steps[i] = (Step){(from + i) * 7 % s->model.config.vocab_size, 0, from + i};
-    for (int at = 0, k; at < n; at += k) {
-        k = least(batch, n - at);
-        forward(&s->state, steps + at, k);
-        logits(&s->state, k - 1, 1);
-    }
-    free(steps);
-}
-
-// Tokens a second of that, the median of TRIALS.
-static double speed_of(Session *s, int from, int n, int batch) {
-    double times[TRIALS];
-    for (int i = 0; i < TRIALS; i++) {
-        double start = seconds();
-        run_steps(s, from, n, batch);
-        times[i] = seconds() - start;
-    }
-    qsort(times, TRIALS, sizeof *times, by_value);
-    return n / times[TRIALS / 2];
-}
-
-static void say(Session *s, const char *name, double value, const char *unit) {
-    if (fprintf(s->out.file, "%s %.*f %s\n", name, value < 100 ? 2 : 0, value, unit) < 0
-        || fflush(s->out.file) != 0)
-        fail_output(&s->out);
-}
-
-// Multiply-adds of weights for one token, the classifier's apart; bytes of weights read for one.
-static double token_products(const Model *m, double *bytes) {
-    const Config *c = &m->config;
-    double sum = 0;
-    *bytes = 0;
-    for (SlotId i = 0; i < SLOTS; i++) {
-        Tensor w = blank_tensor(c, i);
-        if (!has_slot(c, i) || (i == EMBEDDING && !(c->flags & TIED))) continue;
-        double layers = slots[i].per_layer ? c->n_layers : 1;
-        *bytes += layers * (double)tensor_bytes(&w);
-        sum += slots[i].per_layer && slots[i].rows != ONE ? layers * w.rows * w.cols : 0;
-    }
-    return sum;
+    double value = worth * t.n / times[TRIALS / 2];
+    print(&s->out, "%s %.*f %s\n", name, value < 100 ? 2 : 0, value, unit);
+    send_off(&s->out);
+    return value;
 }
 
 // One `name value unit` a line: the machine's ceilings, then speeds and their share of them.
 static void run_bench(Session *s) {
-    const Config *c = &s->model.config;
-    int longest = s->options->context ? (int)s->options->context : c->max_seq_len;
-    int depth = least((int)s->options->depth, longest - 1), prompt = least(512, longest);
-    int decoded = least(64, longest - depth);
-    need_state(s, longest, 1, 1);
-    Ceiling ceiling = {s->model.file.at, NEW(uint8_t, s->pool.threads * LINE)};
-    int parts = (int)most(1, (int)(s->model.file.size / READ_PART)), threads = s->pool.threads;
-    if (s->model.file.size < READ_PART)
-        die("%s: too small to measure anything with", s->model.file.path);
-    double bytes, products = token_products(&s->model, &bytes);
-    double read = (double)parts * READ_PART / time_job(&s->pool, parts, read_items, &ceiling);
-    double once = (double)COUNT_ITEMS * threads * 1024 * CHAINS * LANES;
-    double fma = once / time_job(&s->pool, COUNT_ITEMS * threads, multiply_items, &ceiling);
-    double dot = once * 4 / time_job(&s->pool, COUNT_ITEMS * threads, dot_items, &ceiling);
-    double multiply = is_quantized(c->type) ? dot : fma;
-    say(s, "threads", threads, "threads");
-    say(s, "read", read / 1e9, "GB/s");
-    say(s, "multiply-add", 2 * fma / 1e9, "GFLOP/s");
-    say(s, "dot-product", 2 * dot / 1e9, "GOP/s");
-    double speed = speed_of(s, 0, prompt, s->state.batch);
-    say(s, "prompt", speed, "tokens/s");
-    say(s, "prompt-share", 100 * speed * products / multiply, "%");
-    speed = speed_of(s, 0, least(64, longest), 1);
-    say(s, "decode", speed, "tokens/s");
-    say(s, "decode-share", 100 * speed * bytes / read, "%");
-    if (depth > 0) {
-        if (depth > prompt) run_steps(s, prompt, depth - prompt, s->state.batch);
-        double deep = speed_of(s, depth, decoded, 1);
-        say(s, "depth", depth, "tokens");
-        say(s, "decode-deep", deep, "tokens/s");
-        say(s, "decode-deep-share", 100 * deep / speed, "%");
-    }
-    free(ceiling.sums);
+    need_state(s, INT64_MAX, 1, 1);
+    Cost cost = cost_of(&s->model.config);
+    int context = s->state.context, prompt = least(512, context), threads = s->pool.threads;
+    int depth = least((int)s->options->depth, context - 1), items = threads << 10;
+    int n = (int)fmin((double)(s->model.file.size / READ_PART), INT_MAX);
+    if (n == 0) die("%s: too small to measure anything with", s->model.file.path);
+    double worth = 2e-9 * ROUNDS * CHAINS * LANES;
+    print(&s->out, "threads %d threads\n", threads);
+    double read = measure(s, "read", (Trial){READ, n, 0, 0, NULL}, READ_PART * 1e-9, "GB/s");
+    double fma = measure(s, "multiply-add", (Trial){MULTIPLY, items, 0, 0, NULL}, worth, "GFLOP/s");
+    double dot = measure(s, "dot-product", (Trial){DOT, items, 0, 0, NULL}, worth * 4, "GOP/s");
+    double possible = 1e9 * (is_quantized(s->model.config.type) ? dot : fma);
+    double speed = measure(s, "prompt", (Trial){STEPS, prompt, 0, prompt, NULL}, 1, "tokens/s");
+    print(&s->out, "prompt-share %.2f %%\n", 100 * 2 * speed * cost.products / possible);
+    speed = measure(s, "decode", (Trial){STEPS, least(64, context), 0, 1, NULL}, 1, "tokens/s");
+    print(&s->out, "decode-share %.2f %%\n", 100 * speed * cost.bytes / (read * 1e9));
+    if (depth <= 0) return;
+    Trial deep = {STEPS, least(64, context - depth), depth, 1, NULL};
+    print(&s->out, "depth %d tokens\n", depth);
+    print(&s->out, "decode-deep-share %.2f %%\n",
+          100 / speed * measure(s, "decode-deep", deep, 1, "tokens/s"));
 }
 
 // ------------------------------------------------------------------------------------------------
