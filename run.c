@@ -1718,36 +1718,30 @@ static void cache_position(const Cache *c, size_t head, int pos, const float *k,
     }
 }
 
-// The keys and values of one head at positions start to start + BLOCK.
-typedef struct {
-    int start;
-    bool half;
-    const char *keys, *values;
-} Block;
-
-// What lies before position `end` is used. Where many queries come, an f16 cache is made floats in
-// `room` (2, BLOCK, head_pad) first; for a few it is NULL.
-static Block block_of(const Cache *c, size_t head, int start, int end, float *room) {
-    size_t at = cache_at(c, head, start) * (c->half ? 2 : 4);
-    Block b = {start, c->half, (const char *)c->keys + at, (const char *)c->values + at};
-    if (!room || !c->half) return b;
-    float *values = room + BLOCK * c->head_pad;
+// A view of positions start to start + BLOCK of one head, of which those before `end` are used. If
+// there is `room` (2, BLOCK, head_pad), what is cached as f16 is made floats there.
+static Cache block_of(const Cache *c, size_t head, int start, int end, float *room) {
+    size_t at = cache_at(c, head, start), size = c->half ? 2 : 4;
     int n = least(BLOCK, (int)round_up((size_t)(end - start), WIDTH)) * c->head_pad;
+    Cache b = *c;
+    b.keys = (char *)c->keys + at * size, b.values = (char *)c->values + at * size;
+    if (!room || !c->half) return b;
+    b.half = false, b.keys = room, b.values = room + BLOCK * c->head_pad;
     for (int i = 0; i < n; i += WIDTH) {
-        store_f32(room + i, load_f16((const uint16_t *)(const void *)b.keys + i));
-        store_f32(values + i, load_f16((const uint16_t *)(const void *)b.values + i));
+        store_f32(room + i, load_f16((const uint16_t *)c->keys + at + i));
+        store_f32((float *)b.values + i, load_f16((const uint16_t *)c->values + at + i));
     }
-    return (Block){start, false, (const char *)room, (const char *)values};
+    return b;
 }
 
-// Vectors mixed for each query: out(j, v) = sum over terms i of share(j, i) vector(i, v). Scores are
-// keys' numbers mixed by a query's, and the answer is values mixed by the weights.
+// For each query j, vectors mixed: out(j, v) = sum over terms i of share(j, i) * vector(i, v). Its
+// scores are columns of keys mixed by itself, its answer is values mixed by its weights.
 typedef struct {
     float *out[A_QUERIES];
     const float *share[A_QUERIES];
     int terms;
     bool half;
-    const char *vectors;
+    const void *vectors;
     size_t step, apart;  // numbers from term to term, and from vector to vector
     ptrdiff_t ahead;     // so many bytes further lies what is wanted next
 } Mix;
@@ -1756,7 +1750,7 @@ typedef struct {
 // 1,900 then takes 7 ms longer than at depth 0, without it 8 of 80.
 INLINE void mix_tile(const Mix *m, int v0, const bool half, const int Q, const int V) {
     const size_t size = half ? 2 : 4;
-    const char *from = m->vectors + (size_t)v0 * m->apart * size;
+    const char *from = (const char *)m->vectors + (size_t)v0 * m->apart * size;
     f32v sum[A_QUERIES][4];
     UNROLL for (int j = 0; j < Q; j++)
         UNROLL for (int v = 0; v < V; v++)
@@ -1764,9 +1758,9 @@ INLINE void mix_tile(const Mix *m, int v0, const bool half, const int Q, const i
     for (int i = 0; i < m->terms; i++, from += m->step * size) {
         f32v vector[4];
         UNROLL for (int v = 0; v < V; v++) {
-            const void *at = from + (size_t)v * m->apart * size;
-            if (half) __builtin_prefetch((const char *)at + m->ahead, 0, 2);
-            vector[v] = half ? load_f16(at) : load_f32(at);
+            const char *at = from + (size_t)v * m->apart * size;
+            if (half) __builtin_prefetch(at + m->ahead, 0, 2);
+            vector[v] = half ? load_f16((const void *)at) : load_f32((const void *)at);
         }
         UNROLL for (int j = 0; j < Q; j++) {
             f32v share = spread(m->share[j][i]);
@@ -1798,16 +1792,16 @@ static float exp_of(float x) {
     return all[0];
 }
 
-// What a query has gathered: its largest score, its sum of weights and its values mixed by weight,
-// (head_pad), the latter two relative to the first. Nothing: total 0.
+// What a query has gathered: its largest score, and relative to it the sum of weights and the mix of
+// values (head_pad). Nothing: total 0. Answers lie side by side.
 typedef struct { float peak, total, mix[]; } Answer;
 
 static Answer *answer_of(float *answers, size_t i, int head_pad) {
-    return (Answer *)(void *)(answers + i * (size_t)(head_pad + 2));
+    return (Answer *)(void *)(answers + i * (size_t)(2 + head_pad));
 }
 
-// b comes after a and is added to it.
-static void merge(Answer *a, const Answer *b, int head_dim) {
+// b comes after a, is added to it and left empty.
+static void merge(Answer *a, Answer *b, int head_dim) {
     if (a->total == 0) {
         memcpy(a, b, sizeof *a + (size_t)head_dim * sizeof *a->mix);
     } else if (b->total != 0) {
@@ -1817,6 +1811,7 @@ static void merge(Answer *a, const Answer *b, int head_dim) {
         a->total = a->total * mine + b->total * other;
         a->peak = peak;
     }
+    b->total = 0;
 }
 
 // Vectors v0 to v1 of scores become weights; what is not seen, from first to end, gets weight 0.
@@ -1841,31 +1836,31 @@ typedef struct {
     Answer *answer;
 } Query;
 
-// n queries look at a block and gather what they see. `desk` has room for A_QUERIES answers.
-static void look(const Query *q, int n, const Cache *c, const Block *b, float *desk) {
+// n queries look at a block from `start` on. `desk` has room for A_QUERIES answers.
+static void look(const Query *q, int n, const Cache *b, int start, float *desk) {
     _Alignas(LINE) float weight[A_QUERIES][BLOCK];
-    int first[A_QUERIES], end[A_QUERIES], low = BLOCK, high = 0, pad = c->head_pad;
-    ptrdiff_t size = b->half ? 2 : 4, values = b->values - b->keys;
-    Mix scores = {.terms = c->head_dim, .half = b->half, .vectors = b->keys, .step = WIDTH,
+    int first[A_QUERIES], end[A_QUERIES], low = BLOCK, high = 0, pad = b->head_pad;
+    ptrdiff_t size = b->half ? 2 : 4, values = (const char *)b->values - (const char *)b->keys;
+    Mix scores = {.terms = b->head_dim, .half = b->half, .vectors = b->keys, .step = WIDTH,
                   .apart = (size_t)(pad * WIDTH), .ahead = values};
     Mix mixes = {.half = b->half, .step = (size_t)pad, .apart = WIDTH,
                  .ahead = BLOCK * pad * size - values};  // the next block's keys
     for (int j = 0; j < A_QUERIES; j++) {  // the last stands in for those that are missing
         const Query *one = &q[least(j, n - 1)];
-        first[j] = most(0, least(BLOCK, one->first - b->start)), low = least(low, first[j]);
-        end[j] = most(0, least(BLOCK, one->end - b->start)), high = most(high, end[j]);
+        first[j] = most(0, least(BLOCK, one->first - start)), low = least(low, first[j]);
+        end[j] = most(0, least(BLOCK, one->end - start)), high = most(high, end[j]);
         scores.share[j] = one->q, scores.out[j] = weight[j];
     }
     int v0 = low / WIDTH, v1 = (high + WIDTH - 1) / WIDTH;
     mix(&scores, v0, v1, n);
-    mixes.vectors = b->values + low * pad * size, mixes.terms = high - low;
+    mixes.vectors = (const char *)b->values + low * pad * size, mixes.terms = high - low;
     for (int j = 0; j < A_QUERIES; j++) {
         Answer *seen = answer_of(desk, (size_t)j, pad);
         if (j < n) weigh(seen, weight[j], v0, v1, first[j], end[j]);
         mixes.share[j] = weight[j] + low, mixes.out[j] = seen->mix;
     }
     mix(&mixes, 0, pad / WIDTH, n);
-    for (int j = 0; j < n; j++) merge(q[j].answer, answer_of(desk, (size_t)j, pad), c->head_dim);
+    for (int j = 0; j < n; j++) merge(q[j].answer, answer_of(desk, (size_t)j, pad), b->head_dim);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1878,28 +1873,27 @@ typedef struct State State;
 typedef void RowWork(State *s, int t);
 
 struct State {
-    const Model *model;       // down to logit_rows set by who opens it
+    const Model *model;     // the first six are set by who opens the state
     Pool *pool;
-    int context, slots;       // positions a slot has room for, and how many slots
-    int batch;                // steps that go through the layers together, at most
-    int logit_rows;           // steps whose logits are kept at once
-    float *x, *branch;        // (batch, dim)           the residual stream, what a block adds to it
-    Inputs in;                // (batch, widest)        what the next product multiplies
-    float *h1, *h2;           // (batch, widest)        inside the feed-forward block
-    float *q, *k, *v;         // (batch, heads * head_dim)  q in h1's room, k and v in h2's
-    float *angles;            // (batch, 2, head_dim/2) cosines and sines
-    float *logits;            // (logit_rows, vocab)
-    Cache cache;              // (slots, layers, kv_heads)
-    size_t records;           // at least batch, and the blocks of a whole context
-    float *answers;           // (records, heads)       empty but inside attend
-    float *desks, *blocks;    // (threads)              see look and block_of
-    Scratch *scratch;         // (threads)
+    int context, slots;     // positions a sequence has room for, and how many sequences
+    int batch, logit_rows;  // steps in the layers at once, and logits kept at once, at most
+    float *x, *branch;      // (batch, dim)           the residual stream, what a block adds to it
+    Inputs in;              // (batch, widest)        what the next product multiplies
+    float *h1, *h2;         // (batch, widest)        inside the feed-forward block
+    float *q, *k, *v;       // (batch, heads, head_dim)  q in h1's room, k and v in h2's
+    float *angles;          // (batch, 2, head_dim/2) cosines and sines
+    float *logits;          // (logit_rows, vocab)
+    Cache cache;            // (slots, layers, kv_heads)
+    size_t records;         // batch, or more
+    float *answers;         // (records, heads)       empty but inside attend
+    float *desks, *blocks;  // (threads)              see look and block_of
+    Scratch *scratch;       // (threads)
     Arena arena;
-    const Step *steps;        // (n)                    what goes through now,
-    int n, l;                 //                        in layer l
-    int run, parts;           // of attention, see there
+    const Step *steps;      // (n)                    what goes through, now in layer l
+    int n, l;
+    int run, parts;         // steps and parts of their blocks in an item of attention
+    const Tensor *norm;     // the norm's weight
     RowWork *work;
-    const Tensor *norm;       // its weight
 };
 
 // The widest row that any product takes or gives, but for the logits.
@@ -1911,19 +1905,17 @@ static int widest(const Config *c) {
 static void lay_out(State *s, Arena *a) {
     const Config *c = &s->model->config;
     const bool quantized = is_quantized(c->type);
-    size_t context = round_up((size_t)s->context, BLOCK), pad = round_up((size_t)c->head_dim, WIDTH);
+    size_t pad = round_up((size_t)c->head_dim, WIDTH), context = round_up((size_t)s->context, BLOCK);
     size_t batch = (size_t)s->batch, wide = batch * (size_t)widest(c), dim = (size_t)c->dim;
     size_t groups = quantized ? batch * group_count(widest(c)) : 0;
     size_t threads = (size_t)s->pool->threads, scratches = quantized ? 0 : threads;
     size_t heads = (size_t)s->slots * (size_t)c->n_layers * (size_t)c->n_kv_heads;
-    s->x = DEAL(a, float, batch * dim);
-    s->branch = DEAL(a, float, batch * dim);
+    s->x = DEAL(a, float, batch * dim), s->branch = DEAL(a, float, batch * dim);
     s->in.x = DEAL(a, float, wide);
     s->in.q = DEAL(a, int8_t, groups * GROUP);
     s->in.scale = DEAL(a, float, groups);
     s->in.start = DEAL(a, int32_t, groups);
-    s->q = s->h1 = DEAL(a, float, wide);
-    s->k = s->h2 = DEAL(a, float, wide);
+    s->q = s->h1 = DEAL(a, float, wide), s->k = s->h2 = DEAL(a, float, wide);
     s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
     s->logits = DEAL(a, float, (size_t)s->logit_rows * (size_t)c->vocab_size);
     s->cache = (Cache){(int)context, c->head_dim, (int)pad, quantized, NULL, NULL};
@@ -1966,14 +1958,18 @@ static void do_rows(void *job, int thread, int first, int end) {
     for (int t = first; t < end; t++) s->work(s, t);
 }
 
-// Work on the rows of a batch, one row a token: many are shared out among the threads.
-static void each_row(State *s, RowWork *work) {
-    enum { FEW = 8 };
-    s->work = work;
-    if (s->n <= FEW)
-        do_rows(s, 0, 0, s->n);
+// A job on all threads if it is worth a meeting of them.
+static void share_out(State *s, int items, Work *work, bool worth) {
+    if (worth)
+        parallel(s->pool, items, work, s);
     else
-        parallel(s->pool, s->n, do_rows, s);
+        work(s, 0, 0, items);
+}
+
+// Work on the rows of a batch, one row a token.
+static void each_row(State *s, RowWork *work) {
+    s->work = work;
+    share_out(s, s->n, do_rows, s->n > 8);
 }
 
 static float *row(float *rows, int t, int width) { return rows + (size_t)t * (size_t)width; }
@@ -2049,10 +2045,9 @@ static void rotate(float *head, const float *angles, const Config *c) {
     bool neighbours = c->flags & NEIGHBOURS;
     int pairs = c->head_dim / 2, step = neighbours ? 2 : 1, apart = neighbours ? 1 : pairs;
     for (int i = 0; i < pairs; i++) {
-        float *a = head + i * step, *b = a + apart;
-        float cosine = angles[i], sine = angles[pairs + i], turned = *a * cosine - *b * sine;
-        *b = *a * sine + *b * cosine;
-        *a = turned;
+        float *a = head + i * step, *b = a + apart, x = *a, y = *b;
+        *a = x * angles[i] - y * angles[pairs + i];
+        *b = x * angles[pairs + i] + y * angles[i];
     }
 }
 
@@ -2060,86 +2055,69 @@ static void add_bias(float *x, const Tensor *bias) {
     for (int i = 0; bias->rows && i < bias->cols; i++) x[i] += vector(bias)[i];
 }
 
-// n query or key heads of a step with their bias and norm, if the model has them, and turned.
-static void place_heads(const State *s, int t, float *x, int n, const Tensor *bias,
-                        const Tensor *norm) {
-    const Config *c = &s->model->config;
-    add_bias(x, bias);
-    for (int h = 0; h < n; h++, x += c->head_dim) {
-        if (c->flags & HEAD_NORMS) rmsnorm(x, x, norm, c->norm_eps);
-        rotate(x, row(s->angles, t, c->head_dim), c);
-    }
-}
-
 static size_t cache_head(const State *s, int t, int kv_head) {
-    const Config *c = &s->model->config;
-    size_t layer = (size_t)s->steps[t].slot * (size_t)c->n_layers + (size_t)s->l;
-    return layer * (size_t)c->n_kv_heads + (size_t)kv_head;
+    size_t layers = (size_t)s->model->config.n_layers, heads = (size_t)s->model->config.n_kv_heads;
+    return ((size_t)s->steps[t].slot * layers + (size_t)s->l) * heads + (size_t)kv_head;
 }
 
-// Queries, keys and values of a step made ready, the latter two put into the cache.
+// Queries, keys and values of a step made ready with what the model has for them, biases, norms of
+// heads and the position's turn; keys and values go to the cache.
 static void place_row(State *s, int t) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[s->l];
     float *q = row(s->q, t, q_dim(c)), *k = row(s->k, t, kv_dim(c)), *v = row(s->v, t, kv_dim(c));
-    float scale = 1 / sqrtf((float)c->head_dim);
-    place_heads(s, t, q, c->n_heads, &w->bq, &w->q_norm);
-    place_heads(s, t, k, c->n_kv_heads, &w->bk, &w->k_norm);
-    add_bias(v, &w->bv);
-    for (int i = 0; i < q_dim(c); i++) q[i] *= scale;
+    add_bias(q, &w->bq), add_bias(k, &w->bk), add_bias(v, &w->bv);
+    for (int h = 0; h < c->n_heads + c->n_kv_heads; h++) {
+        bool key = h >= c->n_heads;
+        float *x = key ? row(k, h - c->n_heads, c->head_dim) : row(q, h, c->head_dim);
+        if (c->flags & HEAD_NORMS) rmsnorm(x, x, key ? &w->k_norm : &w->q_norm, c->norm_eps);
+        rotate(x, row(s->angles, t, c->head_dim), c);
+    }
+    for (int i = 0; i < q_dim(c); i++) q[i] *= 1 / sqrtf((float)c->head_dim);
     for (int h = 0; h < c->n_kv_heads; h++, k += c->head_dim, v += c->head_dim)
         cache_position(&s->cache, cache_head(s, t, h), s->steps[t].pos, k, v);
 }
 
 // What a step's head has gathered from one of the parts of its blocks.
 static Answer *answer_at(const State *s, int t, int part, int head) {
-    size_t record = (size_t)t * (size_t)s->parts + (size_t)part;
-    return answer_of(s->answers, record * (size_t)s->model->config.n_heads + (size_t)head,
-                     s->cache.head_pad);
+    size_t record = (size_t)t * (size_t)s->parts + (size_t)part, heads = (size_t)s->model->config.n_heads;
+    return answer_of(s->answers, record * heads + (size_t)head, s->cache.head_pad);
 }
 
-// The first position that step t sees.
-static int first_seen(const State *s, int t) {
-    int window = s->model->config.window;
-    return window ? most(0, s->steps[t].pos - window + 1) : 0;
-}
+// The first position that is seen from another.
+static int first_seen(const Config *c, int pos) { return c->window ? most(0, pos + 1 - c->window) : 0; }
 
 // n steps from t on, neighbours in one sequence, look at every parts-th block of a key/value head.
 static void attend_run(State *s, int thread, int t, int n, int kv_head, int part) {
     const Config *c = &s->model->config;
-    const int group = c->n_heads / c->n_kv_heads, queries = n * group, pad = s->cache.head_pad;
-    const int end = s->steps[t + n - 1].pos + 1, skipped = first_seen(s, t) / BLOCK;
-    float *desk = row(s->desks, thread, A_QUERIES * (pad + 2));
+    const Step *step = &s->steps[t];
+    int group = c->n_heads / c->n_kv_heads, queries = n * group, pad = s->cache.head_pad;
+    int skipped = first_seen(c, step->pos) / BLOCK, end = step->pos + n;
+    float *desk = row(s->desks, thread, A_QUERIES * (2 + pad));
     float *room = queries < 8 * A_QUERIES ? NULL : row(s->blocks, thread, 2 * BLOCK * pad);
     for (int i = part; i * BLOCK < end; i += s->parts) {
         if (i < skipped) continue;
-        Block b = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, end, room);
+        Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, end, room);
         for (int j = 0; j < queries; j += A_QUERIES) {
             Query q[A_QUERIES];
             int some = least(A_QUERIES, queries - j);
             for (int k = 0; k < some; k++) {
-                int step = t + (j + k) / group, head = kv_head * group + (j + k) % group;
-                q[k] = (Query){row(s->q, step, q_dim(c)) + head * c->head_dim, first_seen(s, step),
-                               s->steps[step].pos + 1, answer_at(s, step, part, head)};
+                int later = (j + k) / group, head = kv_head * group + (j + k) % group;
+                q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim,
+                               first_seen(c, step->pos + later), step->pos + later + 1,
+                               answer_at(s, t + later, part, head)};
             }
-            look(q, some, &s->cache, &b, desk);
+            look(q, some, &block, i * BLOCK, desk);
         }
     }
 }
 
-// An item is `run` steps times a key/value head times a part of the blocks.
 static void attend_items(void *job, int thread, int first, int end) {
     State *s = job;
     const int heads = s->model->config.n_kv_heads;
     for (int i = first; i < end; i++) {
-        int t = i / s->parts / heads * s->run, stop = least(t + s->run, s->n);
-        for (int n; t < stop; t += n) {
-            const Step *from = &s->steps[t];
-            for (n = 1; t + n < stop && from[n].slot == from->slot; n++)
-                if (from[n].pos != from->pos + n)
-                    break;
-            attend_run(s, thread, t, n, i / s->parts % heads, i % s->parts);
-        }
+        int t = i / s->parts / heads * s->run, n = least(s->run, s->n - t);
+        attend_run(s, thread, t, n, i / s->parts % heads, i % s->parts);
     }
 }
 
@@ -2149,10 +2127,8 @@ static void finish_row(State *s, int t) {
     float *out = row(s->in.x, t, q_dim(c));
     for (int h = 0; h < c->n_heads; h++, out += c->head_dim) {
         Answer *whole = answer_at(s, t, 0, h);
-        for (int part = 1; part < s->parts; part++) {
+        for (int part = 1; part < s->parts; part++)
             merge(whole, answer_at(s, t, part, h), c->head_dim);
-            answer_at(s, t, part, h)->total = 0;
-        }
         float share = 1 / whole->total;
         for (int i = 0; i < c->head_dim; i++) out[i] = whole->mix[i] * share;
         whole->total = 0;
@@ -2160,23 +2136,23 @@ static void finish_row(State *s, int t) {
     prepare(&s->in, t, q_dim(c), c->type);
 }
 
-// in = attention of the queries over the cache. Blocks are parts of their own while there are
-// answers for all of them, so that a long context of a few tokens can be shared out.
+// in = attention of the queries over the cache. An item is a run of steps, if they are neighbours in
+// one sequence, times a key/value head, times a block while there are records for that.
 static void attend(State *s) {
     enum { WORTH_SHARING = 1 << 15 };  // multiply-adds, about as long as a meeting of the threads
     const Config *c = &s->model->config;
     int deepest = 0, heads = c->n_kv_heads;
-    for (int t = 0; t < s->n; t++) deepest = most(deepest, s->steps[t].pos);
-    size_t blocks = (size_t)deepest / BLOCK + 1, records = (size_t)s->n * blocks;
-    bool split = records <= s->records && records * (size_t)heads <= MAX_ITEMS;
-    s->parts = split ? (int)blocks : 1;
+    bool apart = false;
+    for (int t = 0; t < s->n; t++) {
+        deepest = most(deepest, s->steps[t].pos);
+        apart |= s->steps[t].slot != s->steps[0].slot || s->steps[t].pos != s->steps[0].pos + t;
+    }
+    size_t blocks = (size_t)deepest / BLOCK + 1, all = (size_t)s->n * blocks;
+    s->parts = all <= s->records && all * (size_t)heads <= MAX_ITEMS ? (int)blocks : 1;
     s->run = least(128 * heads / c->n_heads, s->n * heads / (4 * s->pool->threads));
-    s->run = most(1, s->run);
-    int items = (s->n + s->run - 1) / s->run * heads * s->parts;
-    if ((double)s->n * deepest * q_dim(c) < WORTH_SHARING)
-        attend_items(s, 0, 0, items);
-    else
-        parallel(s->pool, items, attend_items, s);
+    s->run = apart ? 1 : most(1, s->run);
+    share_out(s, (s->n + s->run - 1) / s->run * heads * s->parts, attend_items,
+              (double)s->n * deepest * q_dim(c) > WORTH_SHARING);
     each_row(s, finish_row);
 }
 
@@ -2190,16 +2166,14 @@ static void multiply(const State *s, Matmul m) {
     matmul(s->pool, &m);
 }
 
-static void attention_block(State *s, const Layer *w) {
+static void pass_layer(State *s, const Layer *w) {
     normalize(s, &w->attention_norm);
     multiply(s, (Matmul){{{s->q, &w->wq}, {s->k, &w->wk}, {s->v, &w->wv}}, .count = 3});
     each_row(s, place_row);
     attend(s);
     multiply(s, (Matmul){{{s->branch, &w->wo}}, .count = 1});
     each_row(s, add_row);
-}
 
-static void feed_forward_block(State *s, const Layer *w) {
     normalize(s, &w->ffn_norm);
     multiply(s, (Matmul){{{s->h1, &w->w1}, {s->h2, &w->w3}}, .count = 2});
     each_row(s, swiglu_row);
@@ -2207,15 +2181,14 @@ static void feed_forward_block(State *s, const Layer *w) {
     each_row(s, add_row);
 }
 
-// n <= batch steps go through the layers. Afterwards the cache holds them and x their hidden states.
+// n <= batch steps go through the layers. Afterwards the cache holds them and x their hidden
+// states.
 static void forward(State *s, const Step *steps, int n) {
     assert(n >= 1 && n <= s->batch);
     s->steps = steps, s->n = n;
     each_row(s, enter_row);
-    for (s->l = 0; s->l < s->model->config.n_layers; s->l++) {
-        attention_block(s, &s->model->layers[s->l]);
-        feed_forward_block(s, &s->model->layers[s->l]);
-    }
+    for (s->l = 0; s->l < s->model->config.n_layers; s->l++)
+        pass_layer(s, &s->model->layers[s->l]);
 }
 
 // (n, vocab) scores of the tokens that may follow steps first to first + n of the last forward().
