@@ -1746,7 +1746,7 @@ typedef struct {
     ptrdiff_t ahead;     // so many bytes further lies what is wanted next
 } Mix;
 
-// V vectors from v0 on. Of an f16 cache what comes next is sent for: a token of 1.1B q8 at depth
+// Vectors v0 to v0 + V. Of an f16 cache what comes next is sent for: a token of 1.1B q8 at depth
 // 1,900 then takes 7 ms longer than at depth 0, without it 8 of 80.
 INLINE void mix_tile(const Mix *m, int v0, const bool half, const int Q, const int V) {
     const size_t size = half ? 2 : 4;
@@ -1773,17 +1773,18 @@ INLINE void mix_tile(const Mix *m, int v0, const bool half, const int Q, const i
             store_f32(m->out[j] + (v0 + v) * WIDTH, sum[j][v]);
 }
 
-INLINE void mix_tiles(const Mix *m, int v, int end, const bool half, const int Q, const int V) {
-    for (; end - v >= V; v += V) mix_tile(m, v, half, Q, V);
-    for (; v < end; v++) mix_tile(m, v, half, Q, 1);
+INLINE void mix_tiles(const Mix *m, int count, const bool half, const int Q, const int V) {
+    int v = 0;
+    for (; count - v >= V; v += V) mix_tile(m, v, half, Q, V);
+    for (; v < count; v++) mix_tile(m, v, half, Q, 1);
 }
 
-// Vectors v to end, for one query or for A_QUERIES.
-static void mix(const Mix *m, int v, int end, int queries) {
-    if (queries == 1 && m->half) mix_tiles(m, v, end, true, 1, 4);
-    else if (queries == 1)       mix_tiles(m, v, end, false, 1, 4);
-    else if (m->half)            mix_tiles(m, v, end, true, A_QUERIES, A_VECTORS);
-    else                         mix_tiles(m, v, end, false, A_QUERIES, A_VECTORS);
+// All vectors for one query or for A_QUERIES.
+static void mix(const Mix *m, int count, int queries) {
+    if (queries == 1 && m->half) mix_tiles(m, count, true, 1, 4);
+    else if (queries == 1)       mix_tiles(m, count, false, 1, 4);
+    else if (m->half)            mix_tiles(m, count, true, A_QUERIES, A_VECTORS);
+    else                         mix_tiles(m, count, false, A_QUERIES, A_VECTORS);
 }
 
 static float exp_of(float x) {
@@ -1792,8 +1793,8 @@ static float exp_of(float x) {
     return all[0];
 }
 
-// What a query has gathered: its largest score, and relative to it the sum of weights and the mix of
-// values (head_pad). Nothing: total 0. Answers lie side by side.
+// What a query has gathered: the largest score, and relative to it the sum of weights and the mix
+// of values (head_pad). Nothing: total 0.
 typedef struct { float peak, total, mix[]; } Answer;
 
 static Answer *answer_of(float *answers, size_t i, int head_pad) {
@@ -1814,53 +1815,48 @@ static void merge(Answer *a, Answer *b, int head_dim) {
     b->total = 0;
 }
 
-// Vectors v0 to v1 of scores become weights; what is not seen, from first to end, gets weight 0.
-static void weigh(Answer *a, float *w, int v0, int v1, int first, int end) {
-    for (int p = v0 * WIDTH; p < first; p++) w[p] = -INFINITY;
-    for (int p = end; p < v1 * WIDTH; p++) w[p] = -INFINITY;
+// Scores become weights, those of positions not seen, from first to end, 0.
+static void weigh(Answer *a, float *w, int n, int first, int end) {
+    for (int p = 0; p < n; p++) w[p] = p < first || p >= end ? -INFINITY : w[p];
     f32v peaks = spread(-INFINITY), total = spread(0);
-    for (int v = v0; v < v1; v++) peaks = greater_of(peaks, load_f32(w + v * WIDTH));
+    for (int p = 0; p < n; p += WIDTH) peaks = greater_of(peaks, load_f32(w + p));
     a->peak = greatest(peaks);
-    f32v base = spread(first < end ? a->peak : 0);
-    for (int v = v0; v < v1; v++) {
-        f32v e = exponential(sub(load_f32(w + v * WIDTH), base));
-        store_f32(w + v * WIDTH, e);
+    f32v base = spread(a->peak > -INFINITY ? a->peak : 0);
+    for (int p = 0; p < n; p += WIDTH) {
+        f32v e = exponential(sub(load_f32(w + p), base));
+        store_f32(w + p, e);
         total = add(total, e);
     }
     a->total = join(total);
 }
 
-typedef struct {
-    const float *q;  // (head_dim)   scaled by 1/sqrt(head_dim)
-    int first, end;  // positions that it sees
-    Answer *answer;
-} Query;
+// A head of a step: q (head_dim) scaled by 1/sqrt(head_dim), and the positions that it sees.
+typedef struct { const float *q; int first, end; Answer *answer; } Query;
 
-// n queries look at a block from `start` on. `desk` has room for A_QUERIES answers.
-static void look(const Query *q, int n, const Cache *b, int start, float *desk) {
+// n queries, the last of which sees furthest, gather what they see of a block.
+static void look(const Query *q, int n, const Cache *b, int start) {
+    const int pad = b->head_pad, end = least(BLOCK, q[n - 1].end - start);
+    const int vectors = (end + WIDTH - 1) / WIDTH;
+    if (end <= 0) return;
     _Alignas(LINE) float weight[A_QUERIES][BLOCK];
-    int first[A_QUERIES], end[A_QUERIES], low = BLOCK, high = 0, pad = b->head_pad;
-    ptrdiff_t size = b->half ? 2 : 4, values = (const char *)b->values - (const char *)b->keys;
+    float answers[A_QUERIES * (2 + pad)];
+    ptrdiff_t values = (const char *)b->values - (const char *)b->keys;
+    ptrdiff_t next_keys = (ptrdiff_t)BLOCK * pad * (b->half ? 2 : 4) - values;
     Mix scores = {.terms = b->head_dim, .half = b->half, .vectors = b->keys, .step = WIDTH,
-                  .apart = (size_t)(pad * WIDTH), .ahead = values};
-    Mix mixes = {.half = b->half, .step = (size_t)pad, .apart = WIDTH,
-                 .ahead = BLOCK * pad * size - values};  // the next block's keys
-    for (int j = 0; j < A_QUERIES; j++) {  // the last stands in for those that are missing
-        const Query *one = &q[least(j, n - 1)];
-        first[j] = most(0, least(BLOCK, one->first - start)), low = least(low, first[j]);
-        end[j] = most(0, least(BLOCK, one->end - start)), high = most(high, end[j]);
-        scores.share[j] = one->q, scores.out[j] = weight[j];
-    }
-    int v0 = low / WIDTH, v1 = (high + WIDTH - 1) / WIDTH;
-    mix(&scores, v0, v1, n);
-    mixes.vectors = (const char *)b->values + low * pad * size, mixes.terms = high - low;
+                  .apart = (size_t)pad * WIDTH, .ahead = values};
+    Mix mixes = {.terms = end, .half = b->half, .vectors = b->values, .step = (size_t)pad,
+                 .apart = WIDTH, .ahead = next_keys};
     for (int j = 0; j < A_QUERIES; j++) {
-        Answer *seen = answer_of(desk, (size_t)j, pad);
-        if (j < n) weigh(seen, weight[j], v0, v1, first[j], end[j]);
-        mixes.share[j] = weight[j] + low, mixes.out[j] = seen->mix;
+        scores.share[j] = q[least(j, n - 1)].q;  // the last stands in for those that are missing
+        scores.out[j] = weight[j], mixes.share[j] = weight[j];
+        mixes.out[j] = answer_of(answers, (size_t)j, pad)->mix;
     }
-    mix(&mixes, 0, pad / WIDTH, n);
-    for (int j = 0; j < n; j++) merge(q[j].answer, answer_of(desk, (size_t)j, pad), b->head_dim);
+    mix(&scores, vectors, n);
+    for (int j = 0; j < n; j++)
+        weigh(answer_of(answers, (size_t)j, pad), weight[j], vectors * WIDTH, q[j].first - start,
+              q[j].end - start);
+    mix(&mixes, pad / WIDTH, n);
+    for (int j = 0; j < n; j++) merge(q[j].answer, answer_of(answers, (size_t)j, pad), b->head_dim);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1886,13 +1882,12 @@ struct State {
     Cache cache;            // (slots, layers, kv_heads)
     size_t records;         // batch, or more
     float *answers;         // (records, heads)       empty but inside attend
-    float *desks, *blocks;  // (threads)              see look and block_of
+    float *rooms;           // (threads, 2, BLOCK, head_pad)  for block_of
     Scratch *scratch;       // (threads)
     Arena arena;
     const Step *steps;      // (n)                    what goes through, now in layer l
-    int n, l;
-    int run, parts;         // steps and parts of their blocks in an item of attention
-    const Tensor *norm;     // the norm's weight
+    int n, l, run, parts;   // run, parts: see attend
+    const Tensor *norm;     // weight of the norm
     RowWork *work;
 };
 
@@ -1905,7 +1900,8 @@ static int widest(const Config *c) {
 static void lay_out(State *s, Arena *a) {
     const Config *c = &s->model->config;
     const bool quantized = is_quantized(c->type);
-    size_t pad = round_up((size_t)c->head_dim, WIDTH), context = round_up((size_t)s->context, BLOCK);
+    size_t context = round_up((size_t)s->context, BLOCK);
+    size_t pad = round_up((size_t)c->head_dim, WIDTH);
     size_t batch = (size_t)s->batch, wide = batch * (size_t)widest(c), dim = (size_t)c->dim;
     size_t groups = quantized ? batch * group_count(widest(c)) : 0;
     size_t threads = (size_t)s->pool->threads, scratches = quantized ? 0 : threads;
@@ -1923,8 +1919,7 @@ static void lay_out(State *s, Arena *a) {
     s->cache.values = deal(a, heads, context * pad * (quantized ? 2 : 4));
     s->records = batch + context / BLOCK;
     s->answers = DEAL(a, float, s->records * (size_t)c->n_heads * (pad + 2));
-    s->desks = DEAL(a, float, threads * A_QUERIES * (pad + 2));
-    s->blocks = DEAL(a, float, threads * 2 * BLOCK * pad);
+    s->rooms = DEAL(a, float, threads * 2 * BLOCK * pad);
     s->scratch = DEAL(a, Scratch, scratches);
     f32v *sums = DEAL(a, f32v, scratches * batch * UNIT);
     for (size_t i = 0; a->at && i < scratches; i++) s->scratch[i].sums = sums + i * batch * UNIT;
@@ -1958,22 +1953,13 @@ static void do_rows(void *job, int thread, int first, int end) {
     for (int t = first; t < end; t++) s->work(s, t);
 }
 
-// A job on all threads if it is worth a meeting of them.
-static void share_out(State *s, int items, Work *work, bool worth) {
-    if (worth)
-        parallel(s->pool, items, work, s);
-    else
-        work(s, 0, 0, items);
-}
-
 // Work on the rows of a batch, one row a token.
 static void each_row(State *s, RowWork *work) {
     s->work = work;
-    share_out(s, s->n, do_rows, s->n > 8);
+    parallel(s->pool, s->n, do_rows, s);
 }
 
 static float *row(float *rows, int t, int width) { return rows + (size_t)t * (size_t)width; }
-
 static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
 
 // Angle per position of RoPE pair i: theta^(-2i / head_dim) (Su et al. 2021, 3.4.2), slowed down
@@ -2080,34 +2066,30 @@ static void place_row(State *s, int t) {
 
 // What a step's head has gathered from one of the parts of its blocks.
 static Answer *answer_at(const State *s, int t, int part, int head) {
-    size_t record = (size_t)t * (size_t)s->parts + (size_t)part, heads = (size_t)s->model->config.n_heads;
-    return answer_of(s->answers, record * heads + (size_t)head, s->cache.head_pad);
+    size_t heads = (size_t)s->model->config.n_heads, at = (size_t)(t * s->parts + part) * heads;
+    return answer_of(s->answers, at + (size_t)head, s->cache.head_pad);
 }
-
-// The first position that is seen from another.
-static int first_seen(const Config *c, int pos) { return c->window ? most(0, pos + 1 - c->window) : 0; }
 
 // n steps from t on, neighbours in one sequence, look at every parts-th block of a key/value head.
 static void attend_run(State *s, int thread, int t, int n, int kv_head, int part) {
     const Config *c = &s->model->config;
-    const Step *step = &s->steps[t];
-    int group = c->n_heads / c->n_kv_heads, queries = n * group, pad = s->cache.head_pad;
-    int skipped = first_seen(c, step->pos) / BLOCK, end = step->pos + n;
-    float *desk = row(s->desks, thread, A_QUERIES * (2 + pad));
-    float *room = queries < 8 * A_QUERIES ? NULL : row(s->blocks, thread, 2 * BLOCK * pad);
+    int first = s->steps[t].pos, end = first + n, group = c->n_heads / c->n_kv_heads;
+    int sight = c->window ? least(c->window, s->context) : s->context;
+    float *room = row(s->rooms, thread, 2 * BLOCK * s->cache.head_pad);
     for (int i = part; i * BLOCK < end; i += s->parts) {
-        if (i < skipped) continue;
-        Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, end, room);
-        for (int j = 0; j < queries; j += A_QUERIES) {
+        if ((i + 1) * BLOCK <= first + 1 - sight) continue;
+        Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, end,
+                               n * group < 8 * A_QUERIES ? NULL : room);
+        for (int j = 0; j < n * group; j += A_QUERIES) {
             Query q[A_QUERIES];
-            int some = least(A_QUERIES, queries - j);
+            int some = least(A_QUERIES, n * group - j);
             for (int k = 0; k < some; k++) {
                 int later = (j + k) / group, head = kv_head * group + (j + k) % group;
                 q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim,
-                               first_seen(c, step->pos + later), step->pos + later + 1,
+                               first + later + 1 - sight, first + later + 1,
                                answer_at(s, t + later, part, head)};
             }
-            look(q, some, &block, i * BLOCK, desk);
+            look(q, some, &block, i * BLOCK);
         }
     }
 }
@@ -2136,23 +2118,25 @@ static void finish_row(State *s, int t) {
     prepare(&s->in, t, q_dim(c), c->type);
 }
 
-// in = attention of the queries over the cache. An item is a run of steps, if they are neighbours in
-// one sequence, times a key/value head, times a block while there are records for that.
+// in = attention of the queries over the cache. An item is `run` steps, if all are neighbours in one
+// sequence, times a key/value head, times a block while there are records enough.
 static void attend(State *s) {
     enum { WORTH_SHARING = 1 << 15 };  // multiply-adds, about as long as a meeting of the threads
     const Config *c = &s->model->config;
+    const Step *first = s->steps;
     int deepest = 0, heads = c->n_kv_heads;
-    bool apart = false;
+    s->run = most(1, least(128 * heads / c->n_heads, s->n * heads / (4 * s->pool->threads)));
     for (int t = 0; t < s->n; t++) {
         deepest = most(deepest, s->steps[t].pos);
-        apart |= s->steps[t].slot != s->steps[0].slot || s->steps[t].pos != s->steps[0].pos + t;
+        if (first[t].slot != first->slot || first[t].pos != first->pos + t) s->run = 1;
     }
     size_t blocks = (size_t)deepest / BLOCK + 1, all = (size_t)s->n * blocks;
     s->parts = all <= s->records && all * (size_t)heads <= MAX_ITEMS ? (int)blocks : 1;
-    s->run = least(128 * heads / c->n_heads, s->n * heads / (4 * s->pool->threads));
-    s->run = apart ? 1 : most(1, s->run);
-    share_out(s, (s->n + s->run - 1) / s->run * heads * s->parts, attend_items,
-              (double)s->n * deepest * q_dim(c) > WORTH_SHARING);
+    int items = (s->n + s->run - 1) / s->run * heads * s->parts;
+    if ((double)s->n * deepest * q_dim(c) < WORTH_SHARING)
+        attend_items(s, 0, 0, items);
+    else
+        parallel(s->pool, items, attend_items, s);
     each_row(s, finish_row);
 }
 
@@ -2166,29 +2150,25 @@ static void multiply(const State *s, Matmul m) {
     matmul(s->pool, &m);
 }
 
-static void pass_layer(State *s, const Layer *w) {
-    normalize(s, &w->attention_norm);
-    multiply(s, (Matmul){{{s->q, &w->wq}, {s->k, &w->wk}, {s->v, &w->wv}}, .count = 3});
-    each_row(s, place_row);
-    attend(s);
-    multiply(s, (Matmul){{{s->branch, &w->wo}}, .count = 1});
-    each_row(s, add_row);
-
-    normalize(s, &w->ffn_norm);
-    multiply(s, (Matmul){{{s->h1, &w->w1}, {s->h2, &w->w3}}, .count = 2});
-    each_row(s, swiglu_row);
-    multiply(s, (Matmul){{{s->branch, &w->w2}}, .count = 1});
-    each_row(s, add_row);
-}
-
-// n <= batch steps go through the layers. Afterwards the cache holds them and x their hidden
-// states.
+// n <= batch steps go through the layers. Then the cache holds them and x their hidden states.
 static void forward(State *s, const Step *steps, int n) {
     assert(n >= 1 && n <= s->batch);
     s->steps = steps, s->n = n;
     each_row(s, enter_row);
-    for (s->l = 0; s->l < s->model->config.n_layers; s->l++)
-        pass_layer(s, &s->model->layers[s->l]);
+    for (s->l = 0; s->l < s->model->config.n_layers; s->l++) {
+        const Layer *w = &s->model->layers[s->l];
+        normalize(s, &w->attention_norm);
+        multiply(s, (Matmul){{{s->q, &w->wq}, {s->k, &w->wk}, {s->v, &w->wv}}, .count = 3});
+        each_row(s, place_row);
+        attend(s);
+        multiply(s, (Matmul){{{s->branch, &w->wo}}, .count = 1});
+        each_row(s, add_row);
+        normalize(s, &w->ffn_norm);
+        multiply(s, (Matmul){{{s->h1, &w->w1}, {s->h2, &w->w3}}, .count = 2});
+        each_row(s, swiglu_row);
+        multiply(s, (Matmul){{{s->branch, &w->w2}}, .count = 1});
+        each_row(s, add_row);
+    }
 }
 
 // (n, vocab) scores of the tokens that may follow steps first to first + n of the last forward().
