@@ -1695,7 +1695,7 @@ enum { A_QUERIES = 4, A_VECTORS = LANES == 16 ? 4 : 1 };  // as many sums as reg
 //     values  (heads, context, head_pad)
 // as f16 for quantized models and f32 otherwise; head_pad is head_dim rounded up to 16.
 typedef struct {
-    int context, head_dim, head_pad;
+    int context, head_dim, head_pad, sight;  // sight: positions that a query sees, its own included
     bool half;
     void *keys, *values;
 } Cache;
@@ -1741,25 +1741,21 @@ typedef struct {
     const float *share[A_QUERIES];
     int terms;
     bool half;
-    const void *vectors;
-    size_t step, apart;  // numbers from term to term, and from vector to vector
-    ptrdiff_t ahead;     // so many bytes further lies what is wanted next
+    size_t step, apart;           // numbers from term to term, and from vector to vector
+    const char *vectors, *ahead;  // and what is wanted next
 } Mix;
 
 // Vectors v0 to v0 + V. Of an f16 cache what comes next is sent for: a token of 1.1B q8 at depth
 // 1,900 then takes 7 ms longer than at depth 0, without it 8 of 80.
 INLINE void mix_tile(const Mix *m, int v0, const bool half, const int Q, const int V) {
     const size_t size = half ? 2 : 4;
-    const char *from = (const char *)m->vectors + (size_t)v0 * m->apart * size;
-    f32v sum[A_QUERIES][4];
-    UNROLL for (int j = 0; j < Q; j++)
-        UNROLL for (int v = 0; v < V; v++)
-            sum[j][v] = spread(0);
+    const char *from = m->vectors + (size_t)v0 * m->apart * size;
+    f32v sum[A_QUERIES][4] = {0};
     for (int i = 0; i < m->terms; i++, from += m->step * size) {
         f32v vector[4];
         UNROLL for (int v = 0; v < V; v++) {
             const char *at = from + (size_t)v * m->apart * size;
-            if (half) __builtin_prefetch(at + m->ahead, 0, 2);
+            if (half) __builtin_prefetch(m->ahead + (at - m->vectors), 0, 2);
             vector[v] = half ? load_f16((const void *)at) : load_f32((const void *)at);
         }
         UNROLL for (int j = 0; j < Q; j++) {
@@ -1787,11 +1783,7 @@ static void mix(const Mix *m, int count, int queries) {
     else                         mix_tiles(m, count, false, A_QUERIES, A_VECTORS);
 }
 
-static float exp_of(float x) {
-    float all[WIDTH];
-    store_f32(all, exponential(spread(x)));
-    return all[0];
-}
+static float exp_of(float x) { return greatest(exponential(spread(x))); }
 
 // What a query has gathered: the largest score, and relative to it the sum of weights and the mix
 // of values (head_pad). Nothing: total 0.
@@ -1830,33 +1822,34 @@ static void weigh(Answer *a, float *w, int n, int first, int end) {
     a->total = join(total);
 }
 
-// A head of a step: q (head_dim) scaled by 1/sqrt(head_dim), and the positions that it sees.
-typedef struct { const float *q; int first, end; Answer *answer; } Query;
+// A head of a step, q (head_dim) scaled by 1/sqrt(head_dim), and what it has gathered so far.
+typedef struct { const float *q; int pos; Answer *answer; } Query;
 
-// n queries, the last of which sees furthest, gather what they see of a block.
+// n queries, the last of which is the furthest, gather what they see of a block.
 static void look(const Query *q, int n, const Cache *b, int start) {
-    const int pad = b->head_pad, end = least(BLOCK, q[n - 1].end - start);
-    const int vectors = (end + WIDTH - 1) / WIDTH;
-    if (end <= 0) return;
+    const int pad = b->head_pad, terms = least(BLOCK, q[n - 1].pos + 1 - start);
+    const int vectors = (terms + WIDTH - 1) / WIDTH;
+    const char *keys = b->keys, *values = b->values, *next_keys = keys + BLOCK * row_bytes(F16, pad);
+    if (terms <= 0) return;
     _Alignas(LINE) float weight[A_QUERIES][BLOCK];
     float answers[A_QUERIES * (2 + pad)];
-    ptrdiff_t values = (const char *)b->values - (const char *)b->keys;
-    ptrdiff_t next_keys = (ptrdiff_t)BLOCK * pad * (b->half ? 2 : 4) - values;
-    Mix scores = {.terms = b->head_dim, .half = b->half, .vectors = b->keys, .step = WIDTH,
-                  .apart = (size_t)pad * WIDTH, .ahead = values};
-    Mix mixes = {.terms = end, .half = b->half, .vectors = b->values, .step = (size_t)pad,
-                 .apart = WIDTH, .ahead = next_keys};
-    for (int j = 0; j < A_QUERIES; j++) {
-        scores.share[j] = q[least(j, n - 1)].q;  // the last stands in for those that are missing
-        scores.out[j] = weight[j], mixes.share[j] = weight[j];
-        mixes.out[j] = answer_of(answers, (size_t)j, pad)->mix;
+    Answer *answer[A_QUERIES];
+    Mix scores = {.terms = b->head_dim, .half = b->half, .step = WIDTH,
+                  .apart = (size_t)pad * WIDTH, .vectors = keys, .ahead = values};
+    Mix mixes = {.terms = terms, .half = b->half, .step = (size_t)pad,
+                 .apart = WIDTH, .vectors = values, .ahead = next_keys};
+    for (int j = 0; j < A_QUERIES; j++) {  // the last stands in for those that are missing
+        answer[j] = answer_of(answers, (size_t)j, pad);
+        scores.share[j] = q[least(j, n - 1)].q, scores.out[j] = weight[j];
+        mixes.share[j] = weight[j], mixes.out[j] = answer[j]->mix;
     }
     mix(&scores, vectors, n);
-    for (int j = 0; j < n; j++)
-        weigh(answer_of(answers, (size_t)j, pad), weight[j], vectors * WIDTH, q[j].first - start,
-              q[j].end - start);
+    for (int j = 0, end; j < n; j++) {
+        end = q[j].pos + 1 - start;
+        weigh(answer[j], weight[j], vectors * WIDTH, end - b->sight, end);
+    }
     mix(&mixes, pad / WIDTH, n);
-    for (int j = 0; j < n; j++) merge(q[j].answer, answer_of(answers, (size_t)j, pad), b->head_dim);
+    for (int j = 0; j < n; j++) merge(q[j].answer, answer[j], b->head_dim);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1880,7 +1873,7 @@ struct State {
     float *angles;          // (batch, 2, head_dim/2) cosines and sines
     float *logits;          // (logit_rows, vocab)
     Cache cache;            // (slots, layers, kv_heads)
-    size_t records;         // batch, or more
+    int records;            // batch, or more
     float *answers;         // (records, heads)       empty but inside attend
     float *rooms;           // (threads, 2, BLOCK, head_pad)  for block_of
     Scratch *scratch;       // (threads)
@@ -1914,11 +1907,12 @@ static void lay_out(State *s, Arena *a) {
     s->q = s->h1 = DEAL(a, float, wide), s->k = s->h2 = DEAL(a, float, wide);
     s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
     s->logits = DEAL(a, float, (size_t)s->logit_rows * (size_t)c->vocab_size);
-    s->cache = (Cache){(int)context, c->head_dim, (int)pad, quantized, NULL, NULL};
+    int sight = c->window ? least(c->window, s->context) : s->context;
+    s->cache = (Cache){(int)context, c->head_dim, (int)pad, sight, quantized, NULL, NULL};
     s->cache.keys = deal(a, heads, context * pad * (quantized ? 2 : 4));
     s->cache.values = deal(a, heads, context * pad * (quantized ? 2 : 4));
-    s->records = batch + context / BLOCK;
-    s->answers = DEAL(a, float, s->records * (size_t)c->n_heads * (pad + 2));
+    s->records = least(s->batch + s->cache.context / BLOCK, most(s->batch, MAX_ITEMS / c->n_kv_heads));
+    s->answers = DEAL(a, float, (size_t)s->records * (size_t)c->n_heads * (2 + pad));
     s->rooms = DEAL(a, float, threads * 2 * BLOCK * pad);
     s->scratch = DEAL(a, Scratch, scratches);
     f32v *sums = DEAL(a, f32v, scratches * batch * UNIT);
@@ -1928,8 +1922,7 @@ static void lay_out(State *s, Arena *a) {
 // Steps at once: enough that weights read once serve many, in about 12 MB of rows.
 static int default_batch(const Config *c) {
     size_t row = sizeof(float) * ((size_t)widest(c) * 3 + 2 * (size_t)c->dim);
-    size_t fit = (12u << 20) / row / 40 * 40;  // whole tiles of 5 and of 8
-    return fit < 40 ? 40 : fit > 480 ? 480 : (int)fit;
+    return most(40, least(480, (int)((12u << 20) / row / 40 * 40)));  // whole tiles of 5 and of 8
 }
 
 // Bytes that a state of this size may come to touch.
@@ -1991,10 +1984,8 @@ static void enter_row(State *s, int t) {
 static void rmsnorm(float *out, const float *x, const Tensor *weight, float eps) {
     f32v squares = spread(0);
     int n = weight->cols;
-    for (int i = 0; i < n; i += WIDTH) {
-        f32v v = load_some(x + i, n - i);
-        squares = fma16(v, v, squares);
-    }
+    for (int i = 0; i < n; i += WIDTH)
+        squares = fma16(load_some(x + i, n - i), load_some(x + i, n - i), squares);
     float scale = 1 / sqrtf(join(squares) / (float)n + eps);
     for (int i = 0; i < n; i++) out[i] = x[i] * scale * vector(weight)[i];
 }
@@ -2019,8 +2010,8 @@ static void swiglu_row(State *s, int t) {
     float *h1 = row(s->h1, t, n), *h2 = row(s->h2, t, n), *out = row(s->in.x, t, n);
     for (int i = 0; i < n; i += WIDTH) {
         f32v gate = load_some(h1 + i, n - i), up = load_some(h2 + i, n - i);
-        f32v falling = exponential(sub(spread(0), gate));
-        store_some(out + i, mul(over(gate, add(spread(1), falling)), up), n - i);
+        f32v bottom = add(spread(1), exponential(sub(spread(0), gate)));
+        store_some(out + i, mul(over(gate, bottom), up), n - i);
     }
     prepare(&s->in, t, n, s->model->config.type);
 }
@@ -2070,23 +2061,23 @@ static Answer *answer_at(const State *s, int t, int part, int head) {
     return answer_of(s->answers, at + (size_t)head, s->cache.head_pad);
 }
 
-// n steps from t on, neighbours in one sequence, look at every parts-th block of a key/value head.
-static void attend_run(State *s, int thread, int t, int n, int kv_head, int part) {
+// An item is `run` steps, neighbours in one sequence, times a key/value head, times every parts-th
+// block. `room` is block_of's.
+static void attend_item(State *s, int item, float *room) {
     const Config *c = &s->model->config;
-    int first = s->steps[t].pos, end = first + n, group = c->n_heads / c->n_kv_heads;
-    int sight = c->window ? least(c->window, s->context) : s->context;
-    float *room = row(s->rooms, thread, 2 * BLOCK * s->cache.head_pad);
-    for (int i = part; i * BLOCK < end; i += s->parts) {
-        if ((i + 1) * BLOCK <= first + 1 - sight) continue;
-        Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, end,
-                               n * group < 8 * A_QUERIES ? NULL : room);
-        for (int j = 0; j < n * group; j += A_QUERIES) {
+    int part = item % s->parts, kv_head = item / s->parts % c->n_kv_heads;
+    int t = item / s->parts / c->n_kv_heads * s->run, n = least(s->run, s->n - t);
+    int pos = s->steps[t].pos, group = c->n_heads / c->n_kv_heads, queries = n * group;
+    for (int i = part; i * BLOCK < pos + n; i += s->parts) {
+        if ((i + 1) * BLOCK <= pos + 1 - s->cache.sight) continue;
+        Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, pos + n,
+                               queries < 8 * A_QUERIES ? NULL : room);
+        for (int j = 0, some; j < queries; j += some) {
             Query q[A_QUERIES];
-            int some = least(A_QUERIES, n * group - j);
+            some = least(A_QUERIES, queries - j);
             for (int k = 0; k < some; k++) {
                 int later = (j + k) / group, head = kv_head * group + (j + k) % group;
-                q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim,
-                               first + later + 1 - sight, first + later + 1,
+                q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim, pos + later,
                                answer_at(s, t + later, part, head)};
             }
             look(q, some, &block, i * BLOCK);
@@ -2096,11 +2087,8 @@ static void attend_run(State *s, int thread, int t, int n, int kv_head, int part
 
 static void attend_items(void *job, int thread, int first, int end) {
     State *s = job;
-    const int heads = s->model->config.n_kv_heads;
-    for (int i = first; i < end; i++) {
-        int t = i / s->parts / heads * s->run, n = least(s->run, s->n - t);
-        attend_run(s, thread, t, n, i / s->parts % heads, i % s->parts);
-    }
+    float *room = row(s->rooms, thread, 2 * BLOCK * s->cache.head_pad);
+    for (int i = first; i < end; i++) attend_item(s, i, room);
 }
 
 // in = the answers: parts merged in order, mixes divided by their totals. Leaves them empty.
@@ -2118,8 +2106,8 @@ static void finish_row(State *s, int t) {
     prepare(&s->in, t, q_dim(c), c->type);
 }
 
-// in = attention of the queries over the cache. An item is `run` steps, if all are neighbours in one
-// sequence, times a key/value head, times a block while there are records enough.
+// in = attention of the queries over the cache. Steps run together if all are neighbours, and blocks
+// are items of their own while there are records enough.
 static void attend(State *s) {
     enum { WORTH_SHARING = 1 << 15 };  // multiply-adds, about as long as a meeting of the threads
     const Config *c = &s->model->config;
@@ -2127,11 +2115,11 @@ static void attend(State *s) {
     int deepest = 0, heads = c->n_kv_heads;
     s->run = most(1, least(128 * heads / c->n_heads, s->n * heads / (4 * s->pool->threads)));
     for (int t = 0; t < s->n; t++) {
-        deepest = most(deepest, s->steps[t].pos);
+        deepest = most(deepest, first[t].pos);
         if (first[t].slot != first->slot || first[t].pos != first->pos + t) s->run = 1;
     }
-    size_t blocks = (size_t)deepest / BLOCK + 1, all = (size_t)s->n * blocks;
-    s->parts = all <= s->records && all * (size_t)heads <= MAX_ITEMS ? (int)blocks : 1;
+    s->parts = deepest / BLOCK + 1;
+    if (s->n * s->parts > s->records) s->parts = 1;
     int items = (s->n + s->run - 1) / s->run * heads * s->parts;
     if ((double)s->n * deepest * q_dim(c) < WORTH_SHARING)
         attend_items(s, 0, 0, items);
