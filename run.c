@@ -1688,7 +1688,7 @@ static double pack_row(uint8_t *panel, Type type, int row, const float *x, int c
 // block begins and ends depends on nothing but the position, so neither do the bits.
 
 enum { BLOCK = 256 };
-enum { A_QUERIES = 4, A_VECTORS = LANES == 16 ? 4 : 1 };  // as many sums as registers hold
+enum { A_QUERIES = LANES == 16 ? 8 : 4, A_SUMS = LANES == 16 ? 16 : 4 };  // vectors in registers
 
 // Keys and values, a key/value head of one layer of one sequence after the other:
 //     keys    (heads, context/16, head_pad, 16)   16 positions side by side: scores need no joining
@@ -1745,17 +1745,18 @@ typedef struct {
     const char *vectors, *ahead;  // and what is wanted next
 } Mix;
 
-// Vectors v0 to v0 + V. Of an f16 cache what comes next is sent for: a token of 1.1B q8 at depth
-// 1,900 then takes 7 ms longer than at depth 0, without it 8 of 80.
+// Vectors v0 to v0 + V. Meanwhile what is next of an f16 cache is sent for: a token of 1.1B q8 at
+// depth 1,900 then takes 7 ms longer than at depth 0, without it 8 of 80.
 INLINE void mix_tile(const Mix *m, int v0, const bool half, const int Q, const int V) {
     const size_t size = half ? 2 : 4;
     const char *from = m->vectors + (size_t)v0 * m->apart * size;
+    const char *ahead = m->ahead + (size_t)v0 * (size_t)m->terms * WIDTH * size;
     f32v sum[A_QUERIES][4] = {0};
     for (int i = 0; i < m->terms; i++, from += m->step * size) {
         f32v vector[4];
         UNROLL for (int v = 0; v < V; v++) {
             const char *at = from + (size_t)v * m->apart * size;
-            if (half) __builtin_prefetch(m->ahead + (at - m->vectors), 0, 2);
+            if (half && v % 2 == 0) __builtin_prefetch(ahead + (i * V + v) * WIDTH * 2, 0, 2);
             vector[v] = half ? load_f16((const void *)at) : load_f32((const void *)at);
         }
         UNROLL for (int j = 0; j < Q; j++) {
@@ -1775,12 +1776,15 @@ INLINE void mix_tiles(const Mix *m, int count, const bool half, const int Q, con
     for (; v < count; v++) mix_tile(m, v, half, Q, 1);
 }
 
-// All vectors for one query or for A_QUERIES.
+// All vectors, for as few queries as there are tiles for.
 static void mix(const Mix *m, int count, int queries) {
-    if (queries == 1 && m->half) mix_tiles(m, count, true, 1, 4);
-    else if (queries == 1)       mix_tiles(m, count, false, 1, 4);
-    else if (m->half)            mix_tiles(m, count, true, A_QUERIES, A_VECTORS);
-    else                         mix_tiles(m, count, false, A_QUERIES, A_VECTORS);
+    enum { Q = A_QUERIES, V = A_SUMS / A_QUERIES, V4 = A_SUMS / 4 };
+    if (queries == 1)
+        m->half ? mix_tiles(m, count, true, 1, 4) : mix_tiles(m, count, false, 1, 4);
+    else if (queries <= 4)
+        m->half ? mix_tiles(m, count, true, 4, V4) : mix_tiles(m, count, false, 4, V4);
+    else
+        m->half ? mix_tiles(m, count, true, Q, V) : mix_tiles(m, count, false, Q, V);
 }
 
 static float exp_of(float x) { return greatest(exponential(spread(x))); }
@@ -1829,15 +1833,15 @@ typedef struct { const float *q; int pos; Answer *answer; } Query;
 static void look(const Query *q, int n, const Cache *b, int start) {
     const int pad = b->head_pad, terms = least(BLOCK, q[n - 1].pos + 1 - start);
     const int vectors = (terms + WIDTH - 1) / WIDTH;
-    const char *keys = b->keys, *values = b->values, *next_keys = keys + BLOCK * row_bytes(F16, pad);
+    const char *keys = b->keys, *values = b->values;
     if (terms <= 0) return;
     _Alignas(LINE) float weight[A_QUERIES][BLOCK];
     float answers[A_QUERIES * (2 + pad)];
     Answer *answer[A_QUERIES];
     Mix scores = {.terms = b->head_dim, .half = b->half, .step = WIDTH,
                   .apart = (size_t)pad * WIDTH, .vectors = keys, .ahead = values};
-    Mix mixes = {.terms = terms, .half = b->half, .step = (size_t)pad,
-                 .apart = WIDTH, .vectors = values, .ahead = next_keys};
+    Mix mixes = {.terms = terms, .half = b->half, .step = (size_t)pad, .apart = WIDTH,
+                 .vectors = values, .ahead = keys + BLOCK * row_bytes(F16, pad)};
     for (int j = 0; j < A_QUERIES; j++) {  // the last stands in for those that are missing
         answer[j] = answer_of(answers, (size_t)j, pad);
         scores.share[j] = q[least(j, n - 1)].q, scores.out[j] = weight[j];
@@ -1862,7 +1866,7 @@ typedef struct State State;
 typedef void RowWork(State *s, int t);
 
 struct State {
-    const Model *model;     // the first six are set by who opens the state
+    const Model *model;     // the first six are set before open_state
     Pool *pool;
     int context, slots;     // positions a sequence has room for, and how many sequences
     int batch, logit_rows;  // steps in the layers at once, and logits kept at once, at most
@@ -1911,7 +1915,7 @@ static void lay_out(State *s, Arena *a) {
     s->cache = (Cache){(int)context, c->head_dim, (int)pad, sight, quantized, NULL, NULL};
     s->cache.keys = deal(a, heads, context * pad * (quantized ? 2 : 4));
     s->cache.values = deal(a, heads, context * pad * (quantized ? 2 : 4));
-    s->records = least(s->batch + s->cache.context / BLOCK, most(s->batch, MAX_ITEMS / c->n_kv_heads));
+    s->records = most(s->batch, least(s->batch + (int)context / BLOCK, MAX_ITEMS / c->n_kv_heads));
     s->answers = DEAL(a, float, (size_t)s->records * (size_t)c->n_heads * (2 + pad));
     s->rooms = DEAL(a, float, threads * 2 * BLOCK * pad);
     s->scratch = DEAL(a, Scratch, scratches);
@@ -1999,9 +2003,8 @@ static void norm_row(State *s, int t) {
 
 // x += branch
 static void add_row(State *s, int t) {
-    int dim = s->model->config.dim;
-    float *x = row(s->x, t, dim), *branch = row(s->branch, t, dim);
-    for (int i = 0; i < dim; i++) x[i] += branch[i];
+    float *x = row(s->x, t, s->model->config.dim), *branch = x - s->x + s->branch;
+    for (int i = 0; i < s->model->config.dim; i++) x[i] += branch[i];
 }
 
 // in = silu(h1) * h2, silu(x) = x / (1 + e^-x) (Shazeer 2020).
@@ -2071,7 +2074,7 @@ static void attend_item(State *s, int item, float *room) {
     for (int i = part; i * BLOCK < pos + n; i += s->parts) {
         if ((i + 1) * BLOCK <= pos + 1 - s->cache.sight) continue;
         Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, pos + n,
-                               queries < 8 * A_QUERIES ? NULL : room);
+                               queries < 32 ? NULL : room);
         for (int j = 0, some; j < queries; j += some) {
             Query q[A_QUERIES];
             some = least(A_QUERIES, queries - j);
@@ -2106,8 +2109,8 @@ static void finish_row(State *s, int t) {
     prepare(&s->in, t, q_dim(c), c->type);
 }
 
-// in = attention of the queries over the cache. Steps run together if all are neighbours, and blocks
-// are items of their own while there are records enough.
+// in = attention of the queries over the cache. Steps run together if all are neighbours, and each
+// block is an item of its own while there are records enough.
 static void attend(State *s) {
     enum { WORTH_SHARING = 1 << 15 };  // multiply-adds, about as long as a meeting of the threads
     const Config *c = &s->model->config;
