@@ -1707,14 +1707,14 @@ static size_t cache_at(const Cache *c, size_t head, int pos) {
 static void cache_position(const Cache *c, size_t head, int pos, const float *k, const float *v) {
     size_t key = cache_at(c, head, pos / WIDTH * WIDTH) + (size_t)(pos % WIDTH);
     size_t value = cache_at(c, head, pos);
-    for (int i = 0; i < c->head_dim; i++, key += WIDTH, value++) {
-        if (c->half) {
-            ((uint16_t *)c->keys)[key] = narrow_half(k[i]);
-            ((uint16_t *)c->values)[value] = narrow_half(v[i]);
-        } else {
-            ((float *)c->keys)[key] = k[i];
-            ((float *)c->values)[value] = v[i];
-        }
+    for (int i = 0; i < c->head_dim; i++, key += WIDTH) {
+        if (c->half) ((uint16_t *)c->keys)[key] = narrow_half(k[i]);
+        else         ((float *)c->keys)[key] = k[i];
+    }
+    for (int i = 0; i < c->head_dim; i += WIDTH, value += WIDTH) {
+        f32v some = load_some(v + i, c->head_dim - i);
+        if (c->half) store_f16((uint16_t *)c->values + value, some);
+        else         store_f32((float *)c->values + value, some);
     }
 }
 
