@@ -1979,8 +1979,7 @@ static void enter_row(State *s, int t) {
     unpack_row(row(s->x, t, c->dim), &s->model->embedding, s->steps[t].id);
     for (int i = 0; i < c->head_dim / 2; i++) {
         double angle = s->steps[t].pos * rope_frequency(c, i);
-        angles[i] = (float)cos(angle);
-        angles[i + c->head_dim / 2] = (float)sin(angle);
+        angles[i] = (float)cos(angle), angles[i + c->head_dim / 2] = (float)sin(angle);
     }
 }
 
@@ -2131,10 +2130,7 @@ static void attend(State *s) {
     each_row(s, finish_row);
 }
 
-static void normalize(State *s, const Tensor *weight) {
-    s->norm = weight;
-    each_row(s, norm_row);
-}
+static void normalize(State *s, const Tensor *weight) { s->norm = weight, each_row(s, norm_row); }
 
 static void multiply(const State *s, Matmul m) {
     m.in = &s->in, m.n = s->n, m.scratch = s->scratch;
