@@ -1472,196 +1472,172 @@ static double pack_row(uint8_t *panel, Type type, int row, const float *x, int c
 // block begins and ends depends on nothing but the position, so neither do the bits.
 
 enum { BLOCK = 256 };
+enum { A_QUERIES = LANES == 16 ? 8 : 4, A_SUMS = LANES == 16 ? 16 : 4 };  // vectors in registers
 
-#if defined STEPS_AVX512
-enum { A_QUERIES = 8, A_SUMS = 16 };  // queries at once, and vectors of sums kept in registers
-#elif defined STEPS_NEON
-enum { A_QUERIES = 4, A_SUMS = 4 };
-#else
-enum { A_QUERIES = 4, A_SUMS = 4 };
-#endif
-
-// Keys and values of one key/value head in one layer of one sequence:
-//     keys    (context/16, head_pad, 16)   16 positions side by side: a score needs no joining
-//     values  (context, head_pad)
+// Keys and values, a key/value head of one layer of one sequence after the other:
+//     keys    (heads, context/16, head_pad, 16)   16 positions side by side: scores need no joining
+//     values  (heads, context, head_pad)
 // as f16 for quantized models and f32 otherwise; head_pad is head_dim rounded up to 16.
 typedef struct {
-    int context, head_dim, head_pad;
+    int context, head_dim, head_pad, sight;  // sight: positions that a query sees, its own included
     bool half;
-    char *keys, *values;
-    size_t head_bytes;  // of one head's keys, and as many of values
+    void *keys, *values;
 } Cache;
 
-INLINE f32v load_cached(const void *from, size_t i, bool half) {
-    return half ? load_f16((const uint16_t *)from + i) : load_f32((const float *)from + i);
+static size_t cache_at(const Cache *c, size_t head, int pos) {
+    return (head * (size_t)c->context + (size_t)pos) * (size_t)c->head_pad;
 }
 
-static void cache_key(const Cache *c, size_t head, int pos, const float *key) {
-    char *base = c->keys + head * c->head_bytes;
-    size_t at = (size_t)(pos / WIDTH) * (size_t)c->head_pad * WIDTH + (size_t)(pos % WIDTH);
-    for (int i = 0; i < c->head_dim; i++) {
-        if (c->half)
-            ((uint16_t *)(void *)base)[at + (size_t)i * WIDTH] = narrow_half(key[i]);
-        else
-            ((float *)(void *)base)[at + (size_t)i * WIDTH] = key[i];
+static void cache_position(const Cache *c, size_t head, int pos, const float *k, const float *v) {
+    size_t key = cache_at(c, head, pos / WIDTH * WIDTH) + (size_t)(pos % WIDTH);
+    size_t value = cache_at(c, head, pos);
+    for (int i = 0; i < c->head_dim; i++, key += WIDTH) {
+        if (c->half) ((uint16_t *)c->keys)[key] = narrow_half(k[i]);
+        else         ((float *)c->keys)[key] = k[i];
+    }
+    for (int i = 0; i < c->head_dim; i += WIDTH, value += WIDTH) {
+        f32v some = load_some(v + i, c->head_dim - i);
+        if (c->half) store_f16((uint16_t *)c->values + value, some);
+        else         store_f32((float *)c->values + value, some);
     }
 }
 
-static void cache_value(const Cache *c, size_t head, int pos, const float *value) {
-    char *base = c->values + head * c->head_bytes;
-    size_t at = (size_t)pos * (size_t)c->head_pad;
-    for (int i = 0; i < c->head_dim; i += WIDTH) {
-        f32v v = load_some(value + i, least(WIDTH, c->head_dim - i));
-        if (c->half)
-            store_f16((uint16_t *)(void *)base + at + i, v);
-        else
-            store_f32((float *)(void *)base + at + i, v);
+// A view of positions start to start + BLOCK of one head, of which those before `end` are used. If
+// there is `room` (2, BLOCK, head_pad), what is cached as f16 is made floats there.
+static Cache block_of(const Cache *c, size_t head, int start, int end, float *room) {
+    size_t at = cache_at(c, head, start), size = c->half ? 2 : 4;
+    int n = least(BLOCK, (int)round_up((size_t)(end - start), WIDTH)) * c->head_pad;
+    Cache b = *c;
+    b.keys = (char *)c->keys + at * size, b.values = (char *)c->values + at * size;
+    if (!room || !c->half) return b;
+    b.half = false, b.keys = room, b.values = room + BLOCK * c->head_pad;
+    for (int i = 0; i < n; i += WIDTH) {
+        store_f32(room + i, load_f16((const uint16_t *)c->keys + at + i));
+        store_f32((float *)b.values + i, load_f16((const uint16_t *)c->values + at + i));
     }
+    return b;
 }
 
-// What a thread needs to work on a block.
+// For each query j, vectors mixed: out(j, v) = sum over terms i of share(j, i) * vector(i, v). Its
+// scores are columns of keys mixed by itself, its answer is values mixed by its weights.
 typedef struct {
-    float *q;           // (head_dim, queries)   scaled by 1/sqrt(head_dim)
-    float *weight;      // (queries, BLOCK)      scores, then e^(score - peak)
-    float *mix;         // (queries, head_pad)   values mixed by weight
-    float *keys;        // (BLOCK, head_pad) each: a block of an f16 cache as floats
-    float *values;
-    int first[8];       // positions of the block that a query sees, from here
-    int end[8];         // to here
-    float peak[8];      // largest score
-    float total[8];     // sum of weights
-} Desk;
+    float *out[A_QUERIES];
+    const float *share[A_QUERIES];
+    int terms;
+    bool half;
+    size_t step, apart;           // numbers from term to term, and from vector to vector
+    const char *vectors, *ahead;  // and what is wanted next
+} Mix;
 
-// Scores of Q queries at V times 16 positions from vector v0 of the block on. Meanwhile the values
-// of the block are sent for, and below the next block's keys: at depth 1,900 a token of 1.1B q8
-// then takes 7 ms longer than at depth 0, without it 8 of 80.
-INLINE void score_tile(Desk *d, const void *keys, const void *values, int v0, int head_dim,
-                       int head_pad, bool half, const int Q, const int V) {
-    f32v sum[8][4];
-    UNROLL for (int j = 0; j < Q; j++)
-        UNROLL for (int v = 0; v < V; v++)
-            sum[j][v] = spread(0);
-    for (int i = 0; i < head_dim; i++) {
-        f32v k[4];
-        if (half) __builtin_prefetch((const char *)values + (v0 / V * head_dim + i) * LINE, 0, 2);
-        UNROLL for (int v = 0; v < V; v++)
-            k[v] = load_cached(keys, (size_t)((v0 + v) * head_pad + i) * WIDTH, half);
+// Vectors v0 to v0 + V. Meanwhile what is next of an f16 cache is sent for: a token of 1.1B q8 at
+// depth 1,900 then takes 7 ms longer than at depth 0, without it 8 of 80.
+INLINE void mix_tile(const Mix *m, int v0, const bool half, const int Q, const int V) {
+    const size_t size = half ? 2 : 4;
+    const char *from = m->vectors + (size_t)v0 * m->apart * size;
+    const char *ahead = m->ahead + (size_t)v0 * (size_t)m->terms * WIDTH * size;
+    f32v sum[A_QUERIES][4] = {0};
+    for (int i = 0; i < m->terms; i++, from += m->step * size) {
+        f32v vector[4];
+        UNROLL for (int v = 0; v < V; v++) {
+            const char *at = from + (size_t)v * m->apart * size;
+            if (half && v % 2 == 0) __builtin_prefetch(ahead + (i * V + v) * WIDTH * 2, 0, 2);
+            vector[v] = half ? load_f16((const void *)at) : load_f32((const void *)at);
+        }
         UNROLL for (int j = 0; j < Q; j++) {
-            f32v q = spread(d->q[i * Q + j]);
+            f32v share = spread(m->share[j][i]);
             UNROLL for (int v = 0; v < V; v++)
-                sum[j][v] = fma16(q, k[v], sum[j][v]);
+                sum[j][v] = fma16(share, vector[v], sum[j][v]);
         }
     }
     UNROLL for (int j = 0; j < Q; j++)
         UNROLL for (int v = 0; v < V; v++)
-            store_f32(d->weight + j * BLOCK + (v0 + v) * WIDTH, sum[j][v]);
+            store_f32(m->out[j] + (v0 + v) * WIDTH, sum[j][v]);
 }
 
-// V times 16 elements from i0 on of the values at positions first to end, mixed for Q queries.
-INLINE void mix_tile(Desk *d, const void *keys, const void *values, int i0, int first, int end,
-                     int head_pad, bool half, const int Q, const int V) {
-    const char *next = (const char *)keys + BLOCK * head_pad * 2 + i0 / (V * WIDTH) * BLOCK * LINE;
-    f32v sum[8][4];
-    UNROLL for (int j = 0; j < Q; j++)
-        UNROLL for (int v = 0; v < V; v++)
-            sum[j][v] = spread(0);
-    for (int p = first; p < end; p++) {
-        f32v value[4];
-        if (half) __builtin_prefetch(next + p * LINE, 0, 2);
-        UNROLL for (int v = 0; v < V; v++)
-            value[v] = load_cached(values, (size_t)(p * head_pad + i0 + v * WIDTH), half);
-        UNROLL for (int j = 0; j < Q; j++) {
-            f32v w = spread(d->weight[j * BLOCK + p]);
-            UNROLL for (int v = 0; v < V; v++)
-                sum[j][v] = fma16(w, value[v], sum[j][v]);
-        }
+INLINE void mix_tiles(const Mix *m, int count, const bool half, const int Q, const int V) {
+    int v = 0;
+    for (; count - v >= V; v += V) mix_tile(m, v, half, Q, V);
+    for (; v < count; v++) mix_tile(m, v, half, Q, 1);
+}
+
+// All vectors, for as few queries as there are tiles for.
+static void mix(const Mix *m, int count, int queries) {
+    enum { Q = A_QUERIES, V = A_SUMS / A_QUERIES, V4 = A_SUMS / 4 };
+    if (queries == 1)
+        m->half ? mix_tiles(m, count, true, 1, 4) : mix_tiles(m, count, false, 1, 4);
+    else if (queries <= 4)
+        m->half ? mix_tiles(m, count, true, 4, V4) : mix_tiles(m, count, false, 4, V4);
+    else
+        m->half ? mix_tiles(m, count, true, Q, V) : mix_tiles(m, count, false, Q, V);
+}
+
+static float exp_of(float x) { return greatest(exponential(spread(x))); }
+
+// What a query has gathered: the largest score, and relative to it the sum of weights and the mix
+// of values (head_pad). Nothing: total 0.
+typedef struct { float peak, total, mix[]; } Answer;
+
+static Answer *answer_of(float *answers, size_t i, int head_pad) {
+    return (Answer *)(void *)(answers + i * (size_t)(2 + head_pad));
+}
+
+// b comes after a, is added to it and left empty.
+static void merge(Answer *a, Answer *b, int head_dim) {
+    if (a->total == 0) {
+        memcpy(a, b, sizeof *a + (size_t)head_dim * sizeof *a->mix);
+    } else if (b->total != 0) {
+        float peak = a->peak > b->peak ? a->peak : b->peak;
+        float mine = exp_of(a->peak - peak), other = exp_of(b->peak - peak);
+        for (int i = 0; i < head_dim; i++) a->mix[i] = a->mix[i] * mine + b->mix[i] * other;
+        a->total = a->total * mine + b->total * other;
+        a->peak = peak;
     }
-    UNROLL for (int j = 0; j < Q; j++)
-        UNROLL for (int v = 0; v < V; v++)
-            store_f32(d->mix + j * head_pad + i0 + v * WIDTH, sum[j][v]);
+    b->total = 0;
 }
 
-static float exp_of(float x) {
-    float all[WIDTH];
-    store_f32(all, exponential(spread(x)));
-    return all[0];
-}
-
-// Scores of query j, vectors v0 to v1 of them, to weights; what it does not see gets weight 0.
-static void weigh(Desk *d, int j, int v0, int v1) {
-    float *w = d->weight + j * BLOCK;
-    int first = d->first[j], end = d->end[j];
-    for (int p = v0 * WIDTH; p < least(first, v1 * WIDTH); p++) w[p] = -INFINITY;
-    for (int p = most(end, v0 * WIDTH); p < v1 * WIDTH; p++) w[p] = -INFINITY;
+// Scores become weights, those of positions not seen, from first to end, 0.
+static void weigh(Answer *a, float *w, int n, int first, int end) {
+    for (int p = 0; p < n; p++) w[p] = p < first || p >= end ? -INFINITY : w[p];
     f32v peaks = spread(-INFINITY), total = spread(0);
-    for (int v = v0; v < v1; v++) peaks = greater_of(peaks, load_f32(w + v * WIDTH));
-    float peak = greatest(peaks);
-    f32v base = spread(first < end ? peak : 0);
-    for (int v = v0; v < v1; v++) {
-        f32v e = exponential(sub(load_f32(w + v * WIDTH), base));
-        store_f32(w + v * WIDTH, e);
+    for (int p = 0; p < n; p += WIDTH) peaks = greater_of(peaks, load_f32(w + p));
+    a->peak = greatest(peaks);
+    f32v base = spread(a->peak > -INFINITY ? a->peak : 0);
+    for (int p = 0; p < n; p += WIDTH) {
+        f32v e = exponential(sub(load_f32(w + p), base));
+        store_f32(w + p, e);
         total = add(total, e);
     }
-    d->peak[j] = peak;
-    d->total[j] = join(total);
+    a->total = join(total);
 }
 
-// One block for Q queries. Afterwards the desk holds their peaks, totals and mixes.
-INLINE void answer_tile(Desk *d, const void *keys, const void *values, const Cache *c, bool half,
-                        const int Q) {
-    const int V = A_SUMS / Q < 1 ? 1 : A_SUMS / Q > 4 ? 4 : A_SUMS / Q;
-    int low = BLOCK, high = 0, dim = c->head_dim, pad = c->head_pad, i = 0;
-    for (int j = 0; j < Q; j++) {
-        low = least(low, d->first[j] < d->end[j] ? d->first[j] : BLOCK);
-        high = most(high, d->end[j]);
+// A head of a step, q (head_dim) scaled by 1/sqrt(head_dim), and what it has gathered so far.
+typedef struct { const float *q; int pos; Answer *answer; } Query;
+
+// n queries, the last of which is the furthest, gather what they see of a block.
+static void look(const Query *q, int n, const Cache *b, int start) {
+    const int pad = b->head_pad, terms = least(BLOCK, q[n - 1].pos + 1 - start);
+    const int vectors = (terms + WIDTH - 1) / WIDTH;
+    const char *keys = b->keys, *values = b->values;
+    if (terms <= 0) return;
+    _Alignas(LINE) float weight[A_QUERIES][BLOCK];
+    float answers[A_QUERIES * (2 + pad)];
+    Answer *answer[A_QUERIES];
+    Mix scores = {.terms = b->head_dim, .half = b->half, .step = WIDTH,
+                  .apart = (size_t)pad * WIDTH, .vectors = keys, .ahead = values};
+    Mix mixes = {.terms = terms, .half = b->half, .step = (size_t)pad, .apart = WIDTH,
+                 .vectors = values, .ahead = keys + BLOCK * row_bytes(F16, pad)};
+    for (int j = 0; j < A_QUERIES; j++) {  // the last stands in for those that are missing
+        answer[j] = answer_of(answers, (size_t)j, pad);
+        scores.share[j] = q[least(j, n - 1)].q, scores.out[j] = weight[j];
+        mixes.share[j] = weight[j], mixes.out[j] = answer[j]->mix;
     }
-    low = least(low, high);
-    int v0 = low / WIDTH, v1 = (high + WIDTH - 1) / WIDTH, v = v0;
-    for (; v + V <= v1; v += V) score_tile(d, keys, values, v, dim, pad, half, Q, V);
-    for (; v < v1; v++) score_tile(d, keys, values, v, dim, pad, half, Q, 1);
-    for (int j = 0; j < Q; j++) weigh(d, j, v0, v1);
-    for (; i + V * WIDTH <= pad; i += V * WIDTH)
-        mix_tile(d, keys, values, i, low, high, pad, half, Q, V);
-    for (; i < pad; i += WIDTH) mix_tile(d, keys, values, i, low, high, pad, half, Q, 1);
-}
-
-// The same, for a number of queries and a type of cache known only now.
-static void answer(Desk *d, const void *keys, const void *values, const Cache *c, bool half,
-                   int queries) {
-    switch (queries * 2 + half) {
-    case 2:  answer_tile(d, keys, values, c, false, 1); break;
-    case 3:  answer_tile(d, keys, values, c, true, 1);  break;
-    case 4:  answer_tile(d, keys, values, c, false, 2); break;
-    case 5:  answer_tile(d, keys, values, c, true, 2);  break;
-    case 8:  answer_tile(d, keys, values, c, false, 4); break;
-    case 9:  answer_tile(d, keys, values, c, true, 4);  break;
-    case 16: answer_tile(d, keys, values, c, false, 8); break;
-    case 17: answer_tile(d, keys, values, c, true, 8);  break;
-    default: assert(!"1, 2, 4 or 8 queries");
+    mix(&scores, vectors, n);
+    for (int j = 0, end; j < n; j++) {
+        end = q[j].pos + 1 - start;
+        weigh(answer[j], weight[j], vectors * WIDTH, end - b->sight, end);
     }
-}
-
-// n numbers of an f16 cache as floats.
-static void widen(float *out, const void *halves, int n) {
-    for (int i = 0; i < n; i += WIDTH) store_f32(out + i, load_f16((const uint16_t *)halves + i));
-}
-
-// What a query has gathered so far; the mix of values is relative to the peak. Nothing: total 0.
-typedef struct {
-    float *peak, *total;
-    float *mix;  // (head_dim)
-} Answer;
-
-// b comes after a and is added to it.
-static void merge(Answer *a, const Answer *b, int head_dim) {
-    if (*b->total == 0) return;
-    bool first = *a->total == 0;
-    float peak = !first && *a->peak > *b->peak ? *a->peak : *b->peak;
-    float mine = first ? 0 : exp_of(*a->peak - peak), other = exp_of(*b->peak - peak);
-    for (int i = 0; i < head_dim; i++)
-        a->mix[i] = (first ? 0 : a->mix[i] * mine) + b->mix[i] * other;
-    *a->total = (first ? 0 : *a->total * mine) + *b->total * other;
-    *a->peak = peak;
+    mix(&mixes, pad / WIDTH, n);
+    for (int j = 0; j < n; j++) merge(q[j].answer, answer[j], b->head_dim);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1670,90 +1646,102 @@ static void merge(Answer *a, const Answer *b, int head_dim) {
 // A token on its way through the layers. Sequences in different slots do not see each other.
 typedef struct { int id, slot, pos; } Step;
 
-// A run of steps that are neighbours in one sequence; their attention is done together.
-typedef struct { int first, n; } Run;
+typedef struct State State;
+typedef void RowWork(State *s, int t);
 
-typedef struct {
-    const Model *model;
+struct State {
+    const Model *model;     // the first six are set before open_state
     Pool *pool;
-    int batch;            // steps that go through the layers together, at most
-    int context;          // positions a slot has room for
-    int slots;
-    int logit_rows;       // steps whose logits are kept at once
-    float *x;             // (batch, dim)           the residual stream
-    Inputs in;            // (batch, widest)        what the next product multiplies
-    float *h1, *h2;       // (batch, widest)        inside the feed-forward block
-    float *q, *k, *v;     // (batch, heads * head_dim)  q in h1's room, k and v in h2's
-    float *branch;        // (batch, dim)           what a block adds to x
-    double *frequency;    // (head_dim/2)           angle of each RoPE pair per position
-    float *angles;        // (batch, 2, head_dim/2) cosines and sines
-    Cache cache;          // (slots, layers, kv_heads)
-    Run *runs;            // (batch)
-    int split;            // so few steps have their attention split by blocks
-    float *answers;       // (batch, heads) or (split, blocks, heads) records of attention
-    float *logits;        // (logit_rows, vocab)
-    Scratch *scratch;     // (threads)
-    Desk *desks;          // (threads)
+    int context, slots;     // positions a sequence has room for, and how many sequences
+    int batch, logit_rows;  // steps in the layers at once, and logits kept at once, at most
+    float *x, *branch;      // (batch, dim)           the residual stream, what a block adds to it
+    Inputs in;              // (batch, widest)        what the next product multiplies
+    float *h1, *h2;         // (batch, widest)        inside the feed-forward block
+    float *q, *k, *v;       // (batch, heads, head_dim)  q in h1's room, k and v in h2's
+    float *angles;          // (batch, 2, head_dim/2) cosines and sines
+    float *logits;          // (logit_rows, vocab)
+    Cache cache;            // (slots, layers, kv_heads)
+    int records;            // batch, or more
+    float *answers;         // (records, heads)       empty but inside attend
+    float *rooms;           // (threads, 2, BLOCK, head_pad)  for block_of
+    Scratch *scratch;       // (threads)
     Arena arena;
-} State;
+    const Step *steps;      // (n)                    what goes through, now in layer l
+    int n, l, run, parts;   // run, parts: see attend
+    const Tensor *norm;     // weight of the norm
+    RowWork *work;
+};
 
 // The widest row that any product takes or gives, but for the logits.
 static int widest(const Config *c) {
     return most(most(c->dim, c->hidden_dim), most(q_dim(c), 2 * kv_dim(c)));
 }
 
-static void lay_out_cache(Cache *k, Arena *a, const Config *c, int context, int n_slots) {
-    k->head_dim = c->head_dim;
-    k->head_pad = (int)round_up((size_t)c->head_dim, WIDTH);
-    k->context = (int)round_up((size_t)context, BLOCK);
-    k->half = is_quantized(c->type);
-    k->head_bytes = (size_t)k->context * (size_t)k->head_pad * (k->half ? 2 : 4);
-    size_t heads = (size_t)n_slots * (size_t)c->n_layers * (size_t)c->n_kv_heads;
-    k->keys = deal(a, heads, k->head_bytes);
-    k->values = deal(a, heads, k->head_bytes);
-}
-
-static void lay_out_threads(State *s, Arena *a, int threads) {
-    size_t batch = (size_t)s->batch, pad = (size_t)s->cache.head_pad;
-    bool floats = !is_quantized(s->model->config.type);
-    s->desks = DEAL(a, Desk, (size_t)threads);
-    s->scratch = DEAL(a, Scratch, floats ? (size_t)threads : 0);
-    for (int i = 0; i < threads; i++) {
-        Desk d = {
-            .q = DEAL(a, float, 8 * pad),        .weight = DEAL(a, float, 8 * BLOCK),
-            .mix = DEAL(a, float, 8 * pad),      .keys = DEAL(a, float, BLOCK * pad),
-            .values = DEAL(a, float, BLOCK * pad),
-        };
-        f32v *sums = floats ? DEAL(a, f32v, batch * UNIT) : NULL;
-        if (a->at) s->desks[i] = d;
-        if (a->at && floats) s->scratch[i].sums = sums;
-    }
-}
-
 // Every array of the state, once to add up the sizes and once to deal them out.
-static void lay_out(State *s, Arena *a, int threads) {
+static void lay_out(State *s, Arena *a) {
     const Config *c = &s->model->config;
-    size_t batch = (size_t)s->batch, wide = (size_t)widest(c), groups = group_count((int)wide);
-    bool quantized = is_quantized(c->type);
-    size_t blocks = round_up((size_t)s->context, BLOCK) / BLOCK;
-    s->x = DEAL(a, float, batch * (size_t)c->dim);
-    s->in.x = DEAL(a, float, batch * wide);
-    s->in.q = DEAL(a, int8_t, quantized ? batch * groups * GROUP : 0);
-    s->in.scale = DEAL(a, float, quantized ? batch * groups : 0);
-    s->in.start = DEAL(a, int32_t, quantized ? batch * groups : 0);
-    s->q = s->h1 = DEAL(a, float, batch * wide);
-    s->k = s->h2 = DEAL(a, float, batch * wide);
-    s->v = a->at ? s->k + batch * (size_t)kv_dim(c) : NULL;
-    s->branch = DEAL(a, float, batch * (size_t)c->dim);
-    s->frequency = DEAL(a, double, (size_t)c->head_dim / 2);
+    const bool quantized = is_quantized(c->type);
+    size_t context = round_up((size_t)s->context, BLOCK);
+    size_t pad = round_up((size_t)c->head_dim, WIDTH);
+    size_t batch = (size_t)s->batch, wide = batch * (size_t)widest(c), dim = (size_t)c->dim;
+    size_t groups = quantized ? batch * group_count(widest(c)) : 0;
+    size_t threads = (size_t)s->pool->threads, scratches = quantized ? 0 : threads;
+    size_t heads = (size_t)s->slots * (size_t)c->n_layers * (size_t)c->n_kv_heads;
+    s->x = DEAL(a, float, batch * dim), s->branch = DEAL(a, float, batch * dim);
+    s->in.x = DEAL(a, float, wide);
+    s->in.q = DEAL(a, int8_t, groups * GROUP);
+    s->in.scale = DEAL(a, float, groups);
+    s->in.start = DEAL(a, int32_t, groups);
+    s->q = s->h1 = DEAL(a, float, wide), s->k = s->h2 = DEAL(a, float, wide);
     s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
-    s->runs = DEAL(a, Run, batch);
     s->logits = DEAL(a, float, (size_t)s->logit_rows * (size_t)c->vocab_size);
-    lay_out_cache(&s->cache, a, c, s->context, s->slots);
-    size_t records = batch > (size_t)s->split * blocks ? batch : (size_t)s->split * blocks;
-    s->answers = DEAL(a, float, records * (size_t)c->n_heads * (size_t)(s->cache.head_pad + 2));
-    lay_out_threads(s, a, threads);
+    int sight = c->window ? least(c->window, s->context) : s->context;
+    s->cache = (Cache){(int)context, c->head_dim, (int)pad, sight, quantized, NULL, NULL};
+    s->cache.keys = deal(a, heads, context * pad * (quantized ? 2 : 4));
+    s->cache.values = deal(a, heads, context * pad * (quantized ? 2 : 4));
+    s->records = most(s->batch, least(s->batch + (int)context / BLOCK, MAX_ITEMS / c->n_kv_heads));
+    s->answers = DEAL(a, float, (size_t)s->records * (size_t)c->n_heads * (2 + pad));
+    s->rooms = DEAL(a, float, threads * 2 * BLOCK * pad);
+    s->scratch = DEAL(a, Scratch, scratches);
+    f32v *sums = DEAL(a, f32v, scratches * batch * UNIT);
+    for (size_t i = 0; a->at && i < scratches; i++) s->scratch[i].sums = sums + i * batch * UNIT;
 }
+
+// Steps at once: enough that weights read once serve many, in about 12 MB of rows.
+static int default_batch(const Config *c) {
+    size_t row = sizeof(float) * ((size_t)widest(c) * 3 + 2 * (size_t)c->dim);
+    return most(40, least(480, (int)((12u << 20) / row / 40 * 40)));  // whole tiles of 5 and of 8
+}
+
+// Bytes that a state of this size may come to touch.
+static size_t state_bytes(State s) {
+    Arena a = {0};
+    lay_out(&s, &a);
+    return a.used;
+}
+
+static void open_state(State *s) {
+    s->arena = open_arena(state_bytes(*s), "a smaller context (-c) needs less");
+    lay_out(s, &s->arena);
+    s->v = s->k + (size_t)s->batch * (size_t)kv_dim(&s->model->config);
+}
+
+static void close_state(State *s) { close_arena(&s->arena); }
+
+static void do_rows(void *job, int thread, int first, int end) {
+    State *s = job;
+    (void)thread;
+    for (int t = first; t < end; t++) s->work(s, t);
+}
+
+// Work on the rows of a batch, one row a token.
+static void each_row(State *s, RowWork *work) {
+    s->work = work;
+    parallel(s->pool, s->n, do_rows, s);
+}
+
+static float *row(float *rows, int t, int width) { return rows + (size_t)t * (size_t)width; }
+static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
 
 // Angle per position of RoPE pair i: theta^(-2i / head_dim) (Su et al. 2021, 3.4.2), slowed down
 // for contexts longer than trained on: all of them by a factor, or as Llama 3.1 does, only those
@@ -1768,120 +1756,50 @@ static double rope_frequency(const Config *c, int i) {
     return keep * f + (1 - keep) * f / (double)c->factor;
 }
 
-// Steps at once: enough that weights read once serve many, in about 12 MB of rows.
-static int default_batch(const Config *c) {
-    size_t row = sizeof(float) * ((size_t)widest(c) * 3 + 2 * (size_t)c->dim);
-    size_t fit = (12u << 20) / row / 40 * 40;  // whole tiles of 5 and of 8
-    return fit < 40 ? 40 : fit > 480 ? 480 : (int)fit;
-}
-
-typedef struct { int context, slots, logit_rows, batch; } Room;
-
-static void set_room(State *s, const Model *m, Pool *pool, Room room) {
-    *s = (State){.model = m, .pool = pool, .batch = room.batch, .context = room.context,
-                 .slots = room.slots, .logit_rows = room.logit_rows};
-    s->split = most(1, least(room.batch, 2 * pool->threads / m->config.n_kv_heads));
-}
-
-// Bytes that a state of this size may come to touch.
-static size_t state_bytes(const Model *m, Pool *pool, Room room) {
-    State s;
-    Arena a = {0};
-    set_room(&s, m, pool, room);
-    lay_out(&s, &a, pool->threads);
-    return a.used;
-}
-
-static void open_state(State *s, const Model *m, Pool *pool, Room room) {
-    Arena a = open_arena(state_bytes(m, pool, room), "a smaller context (-c) needs less");
-    set_room(s, m, pool, room);
-    lay_out(s, &a, pool->threads);
-    s->arena = a;
-    for (int i = 0; i < m->config.head_dim / 2; i++)
-        s->frequency[i] = rope_frequency(&m->config, i);
-}
-
-static void close_state(State *s) { close_arena(&s->arena); }
-
-// Work on the rows of a batch, one row a token. Many rows are shared out among the threads; a few
-// are done at once by the caller.
-typedef struct Rows Rows;
-typedef void RowWork(const Rows *r, int t);
-
-struct Rows {
-    State *s;
-    const Config *config;
-    const Step *steps;     // (n)
-    int n;
-    int l;                 // the layer
-    RowWork *work;
-    const Tensor *weight;  // of the norm
-    int runs;              // of attention, see there
-    int parts;
-};
-
-static void do_rows(void *job, int thread, int first, int end) {
-    (void)thread;
-    const Rows *r = job;
-    for (int t = first; t < end; t++) r->work(r, t);
-}
-
-static void each_row(Rows *r, RowWork *work) {
-    enum { FEW = 8 };
-    r->work = work;
-    if (r->n <= FEW)
-        do_rows(r, 0, 0, r->n);
-    else
-        parallel(r->s->pool, r->n, do_rows, r);
-}
-
-static float *row(float *rows, int t, int width) { return rows + (size_t)t * (size_t)width; }
-
-static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
-
-static const Layer *layer_of(const Rows *r) { return &r->s->model->layers[r->l]; }
-
-// Which head of the whole cache a step's key/value head in this layer is.
-static size_t cache_head(const Rows *r, int t, int kv_head) {
-    size_t layer = (size_t)r->steps[t].slot * (size_t)r->config->n_layers + (size_t)r->l;
-    return layer * (size_t)r->config->n_kv_heads + (size_t)kv_head;
+// x = embedding; cosines and sines of the position
+static void enter_row(State *s, int t) {
+    const Config *c = &s->model->config;
+    float *angles = row(s->angles, t, c->head_dim);
+    unpack_row(row(s->x, t, c->dim), &s->model->embedding, s->steps[t].id);
+    for (int i = 0; i < c->head_dim / 2; i++) {
+        double angle = s->steps[t].pos * rope_frequency(c, i);
+        angles[i] = (float)cos(angle), angles[i + c->head_dim / 2] = (float)sin(angle);
+    }
 }
 
 // out = x / rms(x) * weight, rms(x) = sqrt(mean of squares + eps) (Zhang & Sennrich 2019).
 static void rmsnorm(float *out, const float *x, const Tensor *weight, float eps) {
     f32v squares = spread(0);
-    int n = weight->cols, whole = n / WIDTH * WIDTH;
-    for (int i = 0; i < whole; i += WIDTH)
-        squares = fma16(load_f32(x + i), load_f32(x + i), squares);
-    f32v rest = load_some(x + whole, n - whole);
-    squares = fma16(rest, rest, squares);
+    int n = weight->cols;
+    for (int i = 0; i < n; i += WIDTH)
+        squares = fma16(load_some(x + i, n - i), load_some(x + i, n - i), squares);
     float scale = 1 / sqrtf(join(squares) / (float)n + eps);
     for (int i = 0; i < n; i++) out[i] = x[i] * scale * vector(weight)[i];
 }
 
 // in = norm(x)
-static void norm_row(const Rows *r, int t) {
-    const Config *c = r->config;
-    rmsnorm(row(r->s->in.x, t, c->dim), row(r->s->x, t, c->dim), r->weight, c->norm_eps);
-    prepare(&r->s->in, t, c->dim, c->type);
+static void norm_row(State *s, int t) {
+    const Config *c = &s->model->config;
+    rmsnorm(row(s->in.x, t, c->dim), row(s->x, t, c->dim), s->norm, c->norm_eps);
+    prepare(&s->in, t, c->dim, c->type);
 }
 
 // x += branch
-static void add_row(const Rows *r, int t) {
-    float *x = row(r->s->x, t, r->config->dim), *branch = row(r->s->branch, t, r->config->dim);
-    for (int i = 0; i < r->config->dim; i++) x[i] += branch[i];
+static void add_row(State *s, int t) {
+    float *x = row(s->x, t, s->model->config.dim), *branch = x - s->x + s->branch;
+    for (int i = 0; i < s->model->config.dim; i++) x[i] += branch[i];
 }
 
 // in = silu(h1) * h2, silu(x) = x / (1 + e^-x) (Shazeer 2020).
-static void swiglu_row(const Rows *r, int t) {
-    int n = r->config->hidden_dim;
-    float *h1 = row(r->s->h1, t, n), *h2 = row(r->s->h2, t, n), *out = row(r->s->in.x, t, n);
+static void swiglu_row(State *s, int t) {
+    int n = s->model->config.hidden_dim;
+    float *h1 = row(s->h1, t, n), *h2 = row(s->h2, t, n), *out = row(s->in.x, t, n);
     for (int i = 0; i < n; i += WIDTH) {
         f32v gate = load_some(h1 + i, n - i), up = load_some(h2 + i, n - i);
-        f32v falling = exponential(sub(spread(0), gate));
-        store_some(out + i, mul(over(gate, add(spread(1), falling)), up), n - i);
+        f32v bottom = add(spread(1), exponential(sub(spread(0), gate)));
+        store_some(out + i, mul(over(gate, bottom), up), n - i);
     }
-    prepare(&r->s->in, t, n, r->config->type);
+    prepare(&s->in, t, n, s->model->config.type);
 }
 
 // Turn each pair of a head by its angle: (a, b) becomes (a cos - b sin, a sin + b cos). A query and
@@ -1890,10 +1808,9 @@ static void rotate(float *head, const float *angles, const Config *c) {
     bool neighbours = c->flags & NEIGHBOURS;
     int pairs = c->head_dim / 2, step = neighbours ? 2 : 1, apart = neighbours ? 1 : pairs;
     for (int i = 0; i < pairs; i++) {
-        float *a = head + i * step, *b = a + apart;
-        float cosine = angles[i], sine = angles[pairs + i], turned = *a * cosine - *b * sine;
-        *b = *a * sine + *b * cosine;
-        *a = turned;
+        float *a = head + i * step, *b = a + apart, x = *a, y = *b;
+        *a = x * angles[i] - y * angles[pairs + i];
+        *b = x * angles[pairs + i] + y * angles[i];
     }
 }
 
@@ -1901,238 +1818,137 @@ static void add_bias(float *x, const Tensor *bias) {
     for (int i = 0; bias->rows && i < bias->cols; i++) x[i] += vector(bias)[i];
 }
 
-// n query or key heads with their norm, if the model has one, turned to the step's position.
-static void place_heads(const Rows *r, int t, float *heads, int n, const Tensor *norm) {
-    const Config *c = r->config;
-    for (int h = 0; h < n; h++, heads += c->head_dim) {
-        if (c->flags & HEAD_NORMS) rmsnorm(heads, heads, norm, c->norm_eps);
-        rotate(heads, row(r->s->angles, t, c->head_dim), c);
-    }
+static size_t cache_head(const State *s, int t, int kv_head) {
+    size_t layers = (size_t)s->model->config.n_layers, heads = (size_t)s->model->config.n_kv_heads;
+    return ((size_t)s->steps[t].slot * layers + (size_t)s->l) * heads + (size_t)kv_head;
 }
 
-// Queries, keys and values of a step made ready, the latter two put into the cache.
-static void place_row(const Rows *r, int t) {
-    State *s = r->s;
-    const Config *c = r->config;
-    const Layer *w = layer_of(r);
+// Queries, keys and values of a step made ready with what the model has for them, biases, norms of
+// heads and the position's turn; keys and values go to the cache.
+static void place_row(State *s, int t) {
+    const Config *c = &s->model->config;
+    const Layer *w = &s->model->layers[s->l];
     float *q = row(s->q, t, q_dim(c)), *k = row(s->k, t, kv_dim(c)), *v = row(s->v, t, kv_dim(c));
-    add_bias(q, &w->bq);
-    add_bias(k, &w->bk);
-    add_bias(v, &w->bv);
-    place_heads(r, t, q, c->n_heads, &w->q_norm);
-    place_heads(r, t, k, c->n_kv_heads, &w->k_norm);
-    for (int h = 0; h < c->n_kv_heads; h++) {
-        size_t head = cache_head(r, t, h);
-        cache_key(&s->cache, head, r->steps[t].pos, k + h * c->head_dim);
-        cache_value(&s->cache, head, r->steps[t].pos, v + h * c->head_dim);
+    add_bias(q, &w->bq), add_bias(k, &w->bk), add_bias(v, &w->bv);
+    for (int h = 0; h < c->n_heads + c->n_kv_heads; h++) {
+        bool key = h >= c->n_heads;
+        float *x = key ? row(k, h - c->n_heads, c->head_dim) : row(q, h, c->head_dim);
+        if (c->flags & HEAD_NORMS) rmsnorm(x, x, key ? &w->k_norm : &w->q_norm, c->norm_eps);
+        rotate(x, row(s->angles, t, c->head_dim), c);
     }
+    for (int i = 0; i < q_dim(c); i++) q[i] *= 1 / sqrtf((float)c->head_dim);
+    for (int h = 0; h < c->n_kv_heads; h++, k += c->head_dim, v += c->head_dim)
+        cache_position(&s->cache, cache_head(s, t, h), s->steps[t].pos, k, v);
 }
 
-// Cosines and sines of a step's position.
-static void angle_row(const Rows *r, int t) {
-    int pairs = r->config->head_dim / 2;
-    float *angles = row(r->s->angles, t, 2 * pairs);
-    for (int i = 0; i < pairs; i++) {
-        double angle = r->steps[t].pos * r->s->frequency[i];
-        angles[i] = (float)cos(angle);
-        angles[pairs + i] = (float)sin(angle);
-    }
+// What a step's head has gathered from one of the parts of its blocks.
+static Answer *answer_at(const State *s, int t, int part, int head) {
+    size_t heads = (size_t)s->model->config.n_heads, at = (size_t)(t * s->parts + part) * heads;
+    return answer_of(s->answers, at + (size_t)head, s->cache.head_pad);
 }
 
-static void embed_row(const Rows *r, int t) {
-    const Tensor *w = &r->s->model->embedding;
-    unpack_row(row(r->s->x, t, w->cols), w, r->steps[t].id);
-}
-
-// Attention is cut into items: a run of steps times a key/value head, and for a few steps also
-// times a block, so that a long context of one token can be shared out. What a step's head has
-// gathered lies in `parts` records, one for each block then: peak, total and mix side by side.
-static Answer answer_at(const Rows *r, int t, int part, int head) {
-    size_t at = ((size_t)t * (size_t)r->parts + (size_t)part) * (size_t)r->config->n_heads;
-    float *record = r->s->answers + (at + (size_t)head) * (size_t)(r->s->cache.head_pad + 2);
-    return (Answer){record, record + 1, record + 2};
-}
-
-// The first position that step t sees.
-static int first_seen(const Rows *r, int t) {
-    int window = r->config->window;
-    return window ? most(0, r->steps[t].pos - window + 1) : 0;
-}
-
-// The j-th query of a run and a key/value head: its step and its head.
-typedef struct { int t, head; } Query;
-
-static Query query_of(const Rows *r, Run run, int kv_head, int j) {
-    int group = r->config->n_heads / r->config->n_kv_heads;
-    return (Query){run.first + j / group, kv_head * group + j % group};
-}
-
-// Queries side by side on the desk, scaled, and what each sees of the block.
-static void gather_query(const Rows *r, Desk *d, Query q, int block, int j, int queries) {
-    const Config *c = r->config;
-    const float *from = row(r->s->q, q.t, q_dim(c)) + q.head * c->head_dim;
-    float scale = 1 / sqrtf((float)c->head_dim);
-    for (int i = 0; i < c->head_dim; i++) d->q[i * queries + j] = from[i] * scale;
-    d->first[j] = most(0, first_seen(r, q.t) - block * BLOCK);
-    d->end[j] = most(0, least(r->steps[q.t].pos + 1 - block * BLOCK, BLOCK));
-}
-
-// The block's answers for all queries of a run and a key/value head go to their records.
-static void attend_block(const Rows *r, Desk *d, Run run, int kv_head, int block,
-                         const void *keys, const void *values, bool half) {
-    int all = run.n * (r->config->n_heads / r->config->n_kv_heads);
-    for (int j0 = 0, n; j0 < all; j0 += n) {
-        n = all - j0 >= A_QUERIES ? A_QUERIES : all - j0 >= 4 ? 4 : all - j0 >= 2 ? 2 : 1;
-        for (int j = 0; j < n; j++)
-            gather_query(r, d, query_of(r, run, kv_head, j0 + j), block, j, n);
-        answer(d, keys, values, &r->s->cache, half, n);
-        for (int j = 0; j < n; j++) {
-            Query q = query_of(r, run, kv_head, j0 + j);
-            Answer gathered = answer_at(r, q.t, r->parts > 1 ? block : 0, q.head);
-            Answer new = {&d->peak[j], &d->total[j], row(d->mix, j, r->s->cache.head_pad)};
-            merge(&gathered, &new, r->config->head_dim);
+// An item is `run` steps, neighbours in one sequence, times a key/value head, times every parts-th
+// block. `room` is block_of's.
+static void attend_item(State *s, int item, float *room) {
+    const Config *c = &s->model->config;
+    int part = item % s->parts, kv_head = item / s->parts % c->n_kv_heads;
+    int t = item / s->parts / c->n_kv_heads * s->run, n = least(s->run, s->n - t);
+    int pos = s->steps[t].pos, group = c->n_heads / c->n_kv_heads, queries = n * group;
+    for (int i = part; i * BLOCK < pos + n; i += s->parts) {
+        if ((i + 1) * BLOCK <= pos + 1 - s->cache.sight) continue;
+        Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, pos + n,
+                               queries < 32 ? NULL : room);
+        for (int j = 0, some; j < queries; j += some) {
+            Query q[A_QUERIES];
+            some = least(A_QUERIES, queries - j);
+            for (int k = 0; k < some; k++) {
+                int later = (j + k) / group, head = kv_head * group + (j + k) % group;
+                q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim, pos + later,
+                               answer_at(s, t + later, part, head)};
+            }
+            look(q, some, &block, i * BLOCK);
         }
     }
-}
-
-// A block of the cache for all queries of a run; for many queries an f16 cache is made floats
-// first.
-static void visit_block(const Rows *r, Desk *d, Run run, int kv_head, int block) {
-    const Cache *cache = &r->s->cache;
-    int last = run.first + run.n - 1, group = r->config->n_heads / r->config->n_kv_heads;
-    size_t at = cache_head(r, last, kv_head) * cache->head_bytes
-              + (size_t)block * BLOCK * (size_t)cache->head_pad * (cache->half ? 2 : 4);
-    const char *keys = cache->keys + at, *values = cache->values + at;
-    if (!cache->half || run.n * group < 4 * A_QUERIES) {
-        attend_block(r, d, run, kv_head, block, keys, values, cache->half);
-        return;
-    }
-    int seen = (int)round_up((size_t)least(BLOCK, r->steps[last].pos + 1 - block * BLOCK), WIDTH);
-    widen(d->keys, keys, seen * cache->head_pad);
-    widen(d->values, values, seen * cache->head_pad);
-    attend_block(r, d, run, kv_head, block, d->keys, d->values, false);
 }
 
 static void attend_items(void *job, int thread, int first, int end) {
-    const Rows *r = job;
-    const Config *c = r->config;
-    for (int i = first; i < end; i++) {
-        Run run = r->s->runs[i / r->parts / c->n_kv_heads];
-        int kv_head = i / r->parts % c->n_kv_heads, part = i % r->parts;
-        for (int j = 0; j < run.n * (c->n_heads / c->n_kv_heads); j++) {
-            Query q = query_of(r, run, kv_head, j);
-            *answer_at(r, q.t, part, q.head).total = 0;
-        }
-        int from = first_seen(r, run.first) / BLOCK;
-        int to = r->steps[run.first + run.n - 1].pos / BLOCK;
-        if (r->parts > 1) from = most(from, part), to = least(to, part);
-        for (int block = from; block <= to; block++)
-            visit_block(r, &r->s->desks[thread], run, kv_head, block);
-    }
+    State *s = job;
+    float *room = row(s->rooms, thread, 2 * BLOCK * s->cache.head_pad);
+    for (int i = first; i < end; i++) attend_item(s, i, room);
 }
 
-// in = the answers: parts merged in order, mixes divided by their totals
-static void finish_row(const Rows *r, int t) {
-    const Config *c = r->config;
-    float *out = row(r->s->in.x, t, q_dim(c));
+// in = the answers: parts merged in order, mixes divided by their totals. Leaves them empty.
+static void finish_row(State *s, int t) {
+    const Config *c = &s->model->config;
+    float *out = row(s->in.x, t, q_dim(c));
     for (int h = 0; h < c->n_heads; h++, out += c->head_dim) {
-        Answer whole = answer_at(r, t, 0, h);
-        for (int part = 1; part < r->parts; part++) {
-            Answer next = answer_at(r, t, part, h);
-            merge(&whole, &next, c->head_dim);
-        }
-        float share = 1 / *whole.total;
-        for (int i = 0; i < c->head_dim; i++) out[i] = whole.mix[i] * share;
+        Answer *whole = answer_at(s, t, 0, h);
+        for (int part = 1; part < s->parts; part++)
+            merge(whole, answer_at(s, t, part, h), c->head_dim);
+        float share = 1 / whole->total;
+        for (int i = 0; i < c->head_dim; i++) out[i] = whole->mix[i] * share;
+        whole->total = 0;
     }
-    prepare(&r->s->in, t, q_dim(c), c->type);
+    prepare(&s->in, t, q_dim(c), c->type);
 }
 
-// Steps that are neighbours in one sequence, in runs short enough that a prompt makes items for
-// every thread.
-static void find_runs(Rows *r) {
-    int longest = most(1, 128 * r->config->n_kv_heads / r->config->n_heads);
-    Run *run = r->s->runs - 1;
-    for (int t = 0; t < r->n; t++) {
-        const Step *step = &r->steps[t], *before = step - 1;
-        if (t && run->n < longest && step->slot == before->slot && step->pos == before->pos + 1)
-            run->n++;
-        else
-            *++run = (Run){t, 1};
-    }
-    r->runs = (int)(run + 1 - r->s->runs);
-}
-
-// in = attention of the queries over the cache
-static void attend(Rows *r) {
+// in = attention of the queries over the cache. Steps run together if all are neighbours, and each
+// block is an item of its own while there are records enough.
+static void attend(State *s) {
     enum { WORTH_SHARING = 1 << 15 };  // multiply-adds, about as long as a meeting of the threads
-    int deepest = 0;
-    double positions = 0;
-    for (int t = 0; t < r->n; t++) {
-        deepest = most(deepest, r->steps[t].pos);
-        positions += r->steps[t].pos + 1 - first_seen(r, t);
+    const Config *c = &s->model->config;
+    const Step *first = s->steps;
+    int deepest = 0, heads = c->n_kv_heads;
+    s->run = most(1, least(128 * heads / c->n_heads, s->n * heads / (4 * s->pool->threads)));
+    for (int t = 0; t < s->n; t++) {
+        deepest = most(deepest, first[t].pos);
+        if (first[t].slot != first->slot || first[t].pos != first->pos + t) s->run = 1;
     }
-    find_runs(r);
-    r->parts = r->n <= r->s->split ? deepest / BLOCK + 1 : 1;
-    int items = r->runs * r->config->n_kv_heads * r->parts;
-    if (positions * q_dim(r->config) < WORTH_SHARING)
-        attend_items(r, 0, 0, items);
+    s->parts = deepest / BLOCK + 1;
+    if (s->n * s->parts > s->records) s->parts = 1;
+    int items = (s->n + s->run - 1) / s->run * heads * s->parts;
+    if ((double)s->n * deepest * q_dim(c) < WORTH_SHARING)
+        attend_items(s, 0, 0, items);
     else
-        parallel(r->s->pool, items, attend_items, r);
-    each_row(r, finish_row);
+        parallel(s->pool, items, attend_items, s);
+    each_row(s, finish_row);
 }
 
-static void norm_in(Rows *r, const Tensor *weight) {
-    r->weight = weight;
-    each_row(r, norm_row);
+static void normalize(State *s, const Tensor *weight) { s->norm = weight, each_row(s, norm_row); }
+
+static void multiply(const State *s, Matmul m) {
+    m.in = &s->in, m.n = s->n, m.scratch = s->scratch;
+    matmul(s->pool, &m);
 }
 
-static void multiply(const Rows *r, Matmul m) {
-    m.in = &r->s->in, m.n = r->n, m.scratch = r->s->scratch;
-    matmul(r->s->pool, &m);
-}
-
-static void attention_block(Rows *r) {
-    State *s = r->s;
-    const Layer *w = layer_of(r);
-    norm_in(r, &w->attention_norm);
-    multiply(r, (Matmul){{{s->q, &w->wq}, {s->k, &w->wk}, {s->v, &w->wv}}, .count = 3});
-    each_row(r, place_row);
-    attend(r);
-    multiply(r, (Matmul){{{s->branch, &w->wo}}, .count = 1});
-    each_row(r, add_row);
-}
-
-static void feed_forward_block(Rows *r) {
-    State *s = r->s;
-    const Layer *w = layer_of(r);
-    norm_in(r, &w->ffn_norm);
-    multiply(r, (Matmul){{{s->h1, &w->w1}, {s->h2, &w->w3}}, .count = 2});
-    each_row(r, swiglu_row);
-    multiply(r, (Matmul){{{s->branch, &w->w2}}, .count = 1});
-    each_row(r, add_row);
-}
-
-// n <= batch steps go through the layers. Afterwards the cache holds them and x their hidden
-// states.
+// n <= batch steps go through the layers. Then the cache holds them and x their hidden states.
 static void forward(State *s, const Step *steps, int n) {
-    Rows r = {.s = s, .config = &s->model->config, .steps = steps, .n = n};
     assert(n >= 1 && n <= s->batch);
-    each_row(&r, embed_row);
-    each_row(&r, angle_row);
-    for (r.l = 0; r.l < r.config->n_layers; r.l++) {
-        attention_block(&r);
-        feed_forward_block(&r);
+    s->steps = steps, s->n = n;
+    each_row(s, enter_row);
+    for (s->l = 0; s->l < s->model->config.n_layers; s->l++) {
+        const Layer *w = &s->model->layers[s->l];
+        normalize(s, &w->attention_norm);
+        multiply(s, (Matmul){{{s->q, &w->wq}, {s->k, &w->wk}, {s->v, &w->wv}}, .count = 3});
+        each_row(s, place_row);
+        attend(s);
+        multiply(s, (Matmul){{{s->branch, &w->wo}}, .count = 1});
+        each_row(s, add_row);
+        normalize(s, &w->ffn_norm);
+        multiply(s, (Matmul){{{s->h1, &w->w1}, {s->h2, &w->w3}}, .count = 2});
+        each_row(s, swiglu_row);
+        multiply(s, (Matmul){{{s->branch, &w->w2}}, .count = 1});
+        each_row(s, add_row);
     }
 }
 
 // (n, vocab) scores of the tokens that may follow steps first to first + n of the last forward().
-static float *logits(State *s, int first, int n) {
+static float *logits(const State *s, int first, int n) {
     State from = *s;  // a view of which row `first` is the first
-    from.x = row(s->x, first, s->model->config.dim);
-    Rows r = {.s = &from, .config = &s->model->config, .n = n};
     assert(n >= 1 && n <= s->logit_rows);
-    norm_in(&r, &s->model->final_norm);
-    multiply(&r, (Matmul){{{s->logits, &s->model->classifier}}, .count = 1});
+    from.x = row(s->x, first, s->model->config.dim), from.n = n;
+    normalize(&from, &s->model->final_norm);
+    multiply(&from, (Matmul){{{s->logits, &s->model->classifier}}, .count = 1});
     return s->logits;
 }
 
@@ -3016,7 +2832,9 @@ static void need_state(Session *s, int64_t enough, int n_slots, int logit_rows) 
         die("the model's context is %d tokens, -c asks for %d", c->max_seq_len, context);
     if (context > enough) context = (int)enough;
     int batch = most(default_batch(c), most(n_slots, logit_rows));
-    open_state(&s->state, &s->model, &s->pool, (Room){context, n_slots, logit_rows, batch});
+    s->state = (State){.model = &s->model, .pool = &s->pool, .context = context,
+                       .slots = n_slots, .batch = batch, .logit_rows = logit_rows};
+    open_state(&s->state);
     s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
 }
 
@@ -3434,14 +3252,15 @@ static Cost cost_of(const Config *c) {
 static void run_info(Session *s) {
     const Model *m = &s->model;
     const Config *c = &m->config;
-    int64_t wanted = s->options->context;
-    Room room = {least(wanted ? (int)wanted : INT_MAX, c->max_seq_len), 1, 1, default_batch(c)};
+    int wanted = s->options->context ? (int)s->options->context : INT_MAX;
+    State state = {.model = m, .pool = &s->pool, .context = least(wanted, c->max_seq_len),
+                   .slots = 1, .batch = default_batch(c), .logit_rows = 1};
     print(&s->out, "file %s\nformat %s\nweights %s\nparameters %.0f\n", m->file.path, m->form,
           type_names[c->type], cost_of(c).parameters);
     for (int i = 1; i < COUNT(fields); i++)
         print(&s->out, "%s %.10g\n", fields[i].name, field_value(c, &fields[i]));
     print(&s->out, "weights %.1f MB\nstate %.1f MB\nthreads %d\n", (double)m->file.size / 1e6,
-          (double)state_bytes(m, &s->pool, room) / 1e6, s->pool.threads);
+          (double)state_bytes(state) / 1e6, s->pool.threads);
     need_tokenizer(s);
     const TokenizerHeader *t = &s->tokenizer.header;
     print(&s->out, "tokenizer %s\nkind %s\ntokens %u\nbos %d\n", s->tokenizer_path,

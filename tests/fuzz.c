@@ -122,7 +122,9 @@ static void run_some(const Model *m) {
     uint64_t random = 1;
     Candidate *candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
     start_pool(&pool, 1);
-    open_state(&s, m, &pool, (Room){context, 1, TOKENS, TOKENS});
+    s = (State){.model = m, .pool = &pool, .context = context, .slots = 1, .batch = TOKENS,
+                .logit_rows = TOKENS};
+    open_state(&s);
     for (int at = 0; at < context; at += n) {
         n = least(n, context - at);
         for (int t = 0; t < n; t++)

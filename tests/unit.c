@@ -739,18 +739,19 @@ static void open_scene(Scene *s, Config c, int threads, int from, int n) {
     *s = (Scene){.model = {.config = c}, .n = n, .steps = NEW(Step, n)};
     size_t kv = SCENE_CONTEXT * (size_t)kv_dim(&c);
     start_pool(&s->pool, threads);
-    open_state(&s->state, &s->model, &s->pool, (Room){SCENE_CONTEXT, 1, 1, n});
+    s->state = (State){.model = &s->model, .pool = &s->pool, .context = SCENE_CONTEXT, .slots = 1,
+                       .batch = n, .logit_rows = 1, .steps = s->steps, .n = n};
+    open_state(&s->state);
     s->q = random_numbers((size_t)(n * q_dim(&c)), (uint32_t)from);
     s->keys = random_numbers(kv, 2), s->values = random_numbers(kv, 3);
     for (int i = 0; i < n * q_dim(&c); i++)
-        s->state.q[i] = s->q[i] *= 8;
+        s->q[i] *= 8, s->state.q[i] = s->q[i] / sqrtf((float)c.head_dim);
     for (int t = 0; t < n; t++)
         s->steps[t] = (Step){0, 0, from + t};
     for (int pos = 0; pos < from + n; pos++)
         for (int h = 0; h < c.n_kv_heads; h++) {
             size_t at = (size_t)(pos * kv_dim(&c) + h * c.head_dim);
-            cache_key(&s->state.cache, (size_t)h, pos, s->keys + at);
-            cache_value(&s->state.cache, (size_t)h, pos, s->values + at);
+            cache_position(&s->state.cache, (size_t)h, pos, s->keys + at, s->values + at);
         }
     for (size_t i = 0; i < kv && is_quantized(c.type); i++) {
         s->keys[i] = widen_half(narrow_half(s->keys[i]));
@@ -765,10 +766,6 @@ static void close_scene(Scene *s) {
     free(s->q);
     free(s->keys);
     free(s->values);
-}
-
-static Rows rows_of(Scene *s) {
-    return (Rows){.s = &s->state, .config = &s->model.config, .steps = s->steps, .n = s->n};
 }
 
 // One head of one query by the definition.
@@ -807,8 +804,7 @@ static void check_attention(Config c, int threads, int from, int n) {
     Scene s;
     double wanted[64];
     open_scene(&s, c, threads, from, n);
-    Rows r = rows_of(&s);
-    attend(&r);
+    attend(&s.state);
     for (int t = 0; t < n; t++)
         for (int h = 0; h < c.n_heads; h++) {
             plain_answer(wanted, &s, t, h);
@@ -844,11 +840,10 @@ static void attention_of_one_token_is_its_definition_at_every_edge_of_a_block(vo
 }
 
 // The answers to all queries of a scene at once.
-static float *answers_of(Scene *s, Rows *r) {
+static float *answers_of(Scene *s) {
     size_t n = (size_t)(s->n * q_dim(&s->model.config));
     float *out = NEW(float, n);
-    *r = rows_of(s);
-    attend(r);
+    attend(&s->state);
     memcpy(out, s->state.in.x, n * sizeof *out);
     return out;
 }
@@ -857,13 +852,12 @@ static float *answers_of(Scene *s, Rows *r) {
 static void attention_does_not_depend_on_the_order_of_its_items(void) {
     for (int k = 0; k < COUNT(windows); k++) {
         Scene s;
-        Rows r;
         open_scene(&s, heads_config(F32, 6, 2, 10, windows[k]), 2, 600, 1);
-        float *forwards = answers_of(&s, &r);
-        EXPECT_INT(r.parts, 600 / BLOCK + 1);
-        for (int i = r.runs * s.model.config.n_kv_heads * r.parts; i-- > 0;)
-            attend_items(&r, 0, i, i + 1);
-        each_row(&r, finish_row);
+        float *forwards = answers_of(&s);
+        EXPECT_INT(s.state.parts, 600 / BLOCK + 1);
+        for (int i = s.model.config.n_kv_heads * s.state.parts; i-- > 0;)
+            attend_items(&s.state, 0, i, i + 1);
+        each_row(&s.state, finish_row);
         EXPECT_BITS(s.state.in.x, forwards, 60);
         free(forwards);
         close_scene(&s);
@@ -873,13 +867,11 @@ static void attention_does_not_depend_on_the_order_of_its_items(void) {
 static void a_query_gets_the_same_bits_alone_and_among_others(void) {
     for (int k = 0; k < 2 * COUNT(windows); k++) {
         Scene s;
-        Rows r;
         open_scene(&s, heads_config(k % 2 ? Q8 : F32, 6, 2, 10, windows[k / 2]), 5, 230, 70);
-        float *together = answers_of(&s, &r);
+        float *together = answers_of(&s);
         for (int t = 0; t < s.n; t++) {
-            Rows one = r;
-            one.steps += t, one.n = 1;
-            memcpy(s.state.q, s.q + t * 60, 60 * sizeof *s.q);
+            State one = s.state;
+            one.steps += t, one.n = 1, one.q += t * 60;
             attend(&one);
             EXPECT_BITS(s.state.in.x, together + t * 60, 60);
         }
@@ -1080,7 +1072,9 @@ static float *fed_logits(const Model *m, const int *ids, int n, int batch, int t
     float *out = NEW(float, n * c->vocab_size);
     Step *steps = NEW(Step, batch);
     start_pool(&p, threads);
-    open_state(&s, m, &p, (Room){n, 1, batch, batch});
+    s = (State){.model = m, .pool = &p, .context = n, .slots = 1, .batch = batch,
+                .logit_rows = batch};
+    open_state(&s);
     for (int at = 0, k; at < n; at += k) {
         k = least(batch, n - at);
         for (int t = 0; t < k; t++)
@@ -1162,7 +1156,9 @@ static void sequences_in_two_slots_do_not_see_each_other(void) {
     float *first = fed_logits(&m, ids, TOKENS, TOKENS, 1);
     float *second = fed_logits(&m, ids + 1, TOKENS, TOKENS, 1);
     start_pool(&p, 2);
-    open_state(&s, &m, &p, (Room){TOKENS, 2, 2, 2});
+    s = (State){.model = &m, .pool = &p, .context = TOKENS, .slots = 2, .batch = 2,
+                .logit_rows = 2};
+    open_state(&s);
     for (int t = 0; t < TOKENS; t++) {
         forward(&s, (Step[]){{ids[t], 0, t}, {ids[t + 1], 1, t}}, 2);
         float *both = logits(&s, 0, 2);
