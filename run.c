@@ -2536,8 +2536,8 @@ static void check_header(const File *f, const TokenizerHeader *h, int vocab_size
 // The token at `at`: score, type (by the id in llama2.c's file, which writes bytes as <0xHH>),
 // length, bytes. Text can become it, if it is not of a special type. Returns where the next begins.
 static size_t read_token(Tokenizer *t, uint32_t id, size_t at, bool own) {
-    const uint8_t *start = t->file.at + at, *p = start + (own ? 12 : 8);
     size_t head = own ? 12 : 8, left = t->file.size - at;
+    const uint8_t *start = t->file.at + at, *p = start + head;
     uint32_t n = left < head ? 0 : read_u32(p - 4);
     size_t taken = head + (own ? round_up(n, 4) : n);
     if (left < taken)
@@ -2602,10 +2602,9 @@ static uint8_t *read_runs(const File *f, const uint32_t *row, uint32_t rows, int
     return values;
 }
 
-// The rows of the file, and Hangul, which it leaves out: its syllables are 19 leading by 21 vowel
-// by 28 trailing letters, the first of these being none.
-enum { SYLLABLES = 19 * 21 * 28 };
+enum { SYLLABLES = 19 * 21 * 28 };  // of Hangul: leading, vowel and trailing letters or none
 
+// The rows of the file, and Hangul, which it leaves out.
 static void read_compositions(Tokenizer *t, const uint32_t *row) {
     const uint32_t n = t->header.n_compositions, never = 1u << 31;  // these are not composed
     for (uint32_t i = 0; i < n + SYLLABLES; i++) {
@@ -2689,10 +2688,8 @@ static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
         bool meets = kept > 0 && (kept == starter + 1 || t->mark[codes.at[kept - 1]] < class);
         if (meets && code >= 0x300)  // below nothing combines
             whole = (int)find(t, pair(TOGETHER | (uint32_t)codes.at[starter], (uint32_t)code));
-        if (whole) codes.at[starter] = whole;
-        if (whole) continue;
-        if (class == 0) starter = kept;
-        codes.at[kept++] = code;
+        if (!whole && class == 0) starter = kept;
+        codes.at[whole ? starter : kept++] = whole ? whole : code;
     }
     for (size_t i = 0; i < kept; i++) append_code(&out, (uint32_t)codes.at[i]);
     free(codes.at);
@@ -2701,12 +2698,12 @@ static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
 
 // ---- Encoding: cutting text into pieces, joining symbols
 
+enum { NONE = INT_MAX };  // no token
+
 typedef struct {
     uint32_t end, previous;  // where the next symbol begins, and the one before
-    int id, both;            // its token, and that of it and the next one; NONE: no token
+    int id, both;            // its token, and that of it and the next one
 } Symbol;
-
-enum { NONE = INT_MAX };
 
 typedef struct {
     const Tokenizer *tokenizer;
@@ -2734,10 +2731,10 @@ static const uint8_t *skip(const Encoder *e, const uint8_t *p, int classes, int 
 static const uint8_t *contraction_end(const Encoder *e, const uint8_t *p, bool any_case) {
     static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d", "\u017F"};
     int known = any_case ? 8 : 7;  // U+017F is a long s, which is an s when case does not matter
-    for (int i = 0; i < known && p < e->end && *p == '\''; i++) {
-        const char *text = (const char *)p + 1;
-        size_t n = strlen(endings[i]), left = (size_t)(e->end - p) - 1;
-        if (n <= left && (any_case ? strncasecmp : strncmp)(text, endings[i], n) == 0)
+    const char *text = (const char *)p + 1;
+    for (int i = 0; i < known && *p == '\''; i++) {
+        size_t n = strlen(endings[i]);
+        if (n < (size_t)(e->end - p) && !(any_case ? strncasecmp : strncmp)(text, endings[i], n))
             return p + 1 + n;
     }
     return p;
@@ -2748,10 +2745,8 @@ static const uint8_t *contraction_end(const Encoder *e, const uint8_t *p, bool a
 static const uint8_t *white_end(const Encoder *e, const uint8_t *p, uint32_t rule) {
     const uint8_t *end = p, *last = p, *next, *line_end = NULL;
     int class;
-    for (; (class = class_at(e, end, &next)) & (WHITE | SPACE | LINE_END); end = next) {
-        last = end;
+    for (; (class = class_at(e, end, &next)) & (WHITE | SPACE | LINE_END); last = end, end = next)
         if (class == LINE_END) line_end = next;
-    }
     if (line_end && rule <= QWEN2_RULE) return line_end;
     bool over = !class || (class == NUMBER && rule == SMOLLM_RULE);
     return over || last == p ? end : last;
@@ -2801,30 +2796,31 @@ static void consider(Encoder *e, uint32_t at) {
     set_order(e, at, both ? pair((uint32_t)(both >> 32), at) : UINT64_MAX);
 }
 
-static void start_symbols(Encoder *e) {
+// The symbol at `at`: a character or a byte. Merges join nothing but tokens, so with them a
+// character that is none falls into bytes at once.
+static Symbol new_symbol(const Encoder *e, uint32_t at, uint32_t previous) {
     const Tokenizer *t = e->tokenizer;
-    grow((void **)&e->symbol, &e->symbol_room, e->n + 1, sizeof *e->symbol);
-    grow((void **)&e->best, &e->best_room, 2 * e->n, sizeof *e->best);
-    memset(e->best, -1, 2 * e->n * sizeof *e->best);
-    for (uint32_t at = 0, previous = 0, end; at < e->n; previous = at, at = end) {
-        const uint8_t *p = e->run + at;
-        uint32_t code;
-        int length = t->header.kind == BYTE_LEVEL ? 1 : most(1, utf8(&code, p, e->n - at));
-        uint64_t found = find_token(t, p, (size_t)length);
-        if (!found && length > 1 && t->header.n_merges)  // merges join nothing but tokens
-            found = find_token(t, p, (size_t)(length = 1));
-        end = at + (uint32_t)length;
-        e->symbol[at] = (Symbol){end, previous, found ? (int)found : NONE, NONE};
-    }
+    uint32_t code, length = 1;
+    if (t->header.kind == SENTENCEPIECE)
+        length = (uint32_t)most(1, utf8(&code, e->run + at, e->n - at));
+    uint64_t found = find_token(t, e->run + at, length);
+    if (!found && length > 1 && t->header.n_merges)
+        found = find_token(t, e->run + at, length = 1);
+    return (Symbol){at + length, previous, found ? (int)found : NONE, NONE};
 }
 
 // Neighbours become one token, the best pair first, of equals the leftmost. Bytes stand for what is
 // no token in the end.
 static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
+    grow((void **)&e->symbol, &e->symbol_room, n + 1, sizeof *e->symbol);
+    grow((void **)&e->best, &e->best_room, 2 * n, sizeof *e->best);
+    memset(e->best, -1, 2 * n * sizeof *e->best);
     e->run = run, e->n = n;
-    start_symbols(e);
     Symbol *s = e->symbol;
-    for (uint32_t at = 0; at < n; at = s[at].end) consider(e, at);
+    for (uint32_t at = 0, last = 0; at < n; last = at, at = s[at].end) {
+        s[at] = new_symbol(e, at, last);
+        if (at > 0) consider(e, last);
+    }
     while (e->best[1] != UINT64_MAX) {
         uint32_t left = (uint32_t)e->best[1], right = s[left].end;
         s[left].id = s[left].both, s[left].end = s[right].end;
@@ -2833,37 +2829,33 @@ static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
         if (left > 0) consider(e, s[left].previous);
         consider(e, left);
     }
-    for (uint32_t at = 0; at < n; at = s[at].end) {
+    for (uint32_t at = 0, i = 0; at < n; i = at = s[at].end) {
         if (s[at].id != NONE) push(out, s[at].id);
-        for (uint32_t i = at; i < s[at].end && s[at].id == NONE; i++) {
-            uint64_t found = find_token(e->tokenizer, run + i, 1);
-            if (found) push(out, (int)found);
-        }
+        for (uint64_t found; s[at].id == NONE && i < s[at].end; i++)
+            if ((found = find_token(e->tokenizer, run + i, 1))) push(out, (int)found);
     }
 }
 
 // Text between user-defined tokens. A piece falls into runs wherever two bytes meet that stand
 // together in no token: nothing is joined across, so the ids are the same, and the work on a word
 // stays in the first cache.
-static void encode_section(Tokens *out, const Tokenizer *t, const uint8_t *text, size_t n) {
-    if (n == 0) return;
+static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t n) {
+    const Tokenizer *t = e->tokenizer;
     Bytes composed = {0};
-    if (t->header.flags & NFC) {
+    if (t->header.flags & NFC && n) {
         composed = compose(t, text, n);
         text = (uint8_t *)composed.at, n = composed.n;
     }
-    Encoder e = {.tokenizer = t, .end = text + n};
-    for (const uint8_t *p = text, *end; p < e.end; p = end) {
-        end = t->header.rule ? piece_end(&e, p) : e.end;
+    e->end = text + n;
+    for (const uint8_t *p = text, *end; p < e->end; p = end) {
+        end = t->header.rule ? piece_end(e, p) : e->end;
         uint64_t whole = t->header.flags & TAKES_WHOLE ? find_token(t, p, (size_t)(end - p)) : 0;
         if (whole) push(out, (int)whole);
         for (const uint8_t *from = p; from < end && !whole; from = p) {
             for (p++; p < end && t->joined[p[-1]][*p]; p++) {}
-            join_run(out, &e, from, (size_t)(p - from));
+            join_run(out, e, from, (size_t)(p - from));
         }
     }
-    free(e.symbol);
-    free(e.best);
     free(composed.at);
 }
 
@@ -2888,17 +2880,17 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
         append(&spaced, text, (size_t)((sign ? sign : end) - text));
         append(&spaced, " ", sign ? 1 : 0);
     }
-    const uint8_t *p = (const uint8_t *)spaced.at, *last = p + spaced.n, *from = p;
-    while (p < last) {
-        uint64_t found = find_user_defined(t, p, (size_t)(last - p));
-        if (found) {
-            encode_section(out, t, from, (size_t)(p - from));
-            push(out, (int)found);
-            from = p += t->token[(uint32_t)found].n;
-        } else
-            p++;
+    Encoder e = {.tokenizer = t};
+    const uint8_t *p = (const uint8_t *)spaced.at, *last = p + spaced.n;
+    for (const uint8_t *from = p; from < last; from = p) {
+        uint64_t found = 0;
+        while (p < last && !(found = find_user_defined(t, p, (size_t)(last - p)))) p++;
+        encode_section(out, &e, from, (size_t)(p - from));
+        if (found) push(out, (int)found);
+        if (found) p += t->token[(uint32_t)found].n;
     }
-    encode_section(out, t, from, (size_t)(last - from));
+    free(e.symbol);
+    free(e.best);
     free(spaced.at);
 }
 
@@ -2916,9 +2908,9 @@ static void decode(Bytes *out, Decoder *d, int id) {
     Token k = piece(d->tokenizer, id);
     bool prefix = !d->begun && d->tokenizer->header.flags & DUMMY_PREFIX && k.n && *k.at == ' ';
     d->begun |= k.n > 0;
+    uint32_t code;
     for (size_t i = prefix; i < k.n; i++) {
         d->held[d->n_held++] = (uint8_t)k.at[i];
-        uint32_t code;
         int n;
         while (d->n_held && (n = utf8(&code, d->held, d->n_held)) != CUT_SHORT) {
             n += n == BROKEN;  // its first byte is in no character
