@@ -1699,7 +1699,7 @@ static void lay_out(State *s, Arena *a) {
     s->cache = (Cache){(int)context, c->head_dim, (int)pad, sight, quantized, NULL, NULL};
     s->cache.keys = deal(a, heads, context * pad * (quantized ? 2 : 4));
     s->cache.values = deal(a, heads, context * pad * (quantized ? 2 : 4));
-    s->records = most(s->batch, least(s->batch + (int)context / BLOCK, MAX_ITEMS / c->n_kv_heads));
+    s->records = most(s->batch, least(s->batch + (int)context / BLOCK, INT_MAX / c->n_kv_heads));
     s->answers = DEAL(a, float, (size_t)s->records * (size_t)c->n_heads * (2 + pad));
     s->rooms = DEAL(a, float, threads * 2 * BLOCK * pad);
     s->scratch = DEAL(a, Scratch, scratches);
@@ -1960,13 +1960,13 @@ static float *logits(const State *s, int first, int n) {
 
 enum { SENTENCEPIECE, BYTE_LEVEL };                                 // kinds
 enum { ADDS_BOS = 1, DUMMY_PREFIX = 2, TAKES_WHOLE = 4, NFC = 8 };  // flags
-enum { NO_RULE, LLAMA3_RULE, QWEN2_RULE, GPT2_RULE, SMOLLM_RULE };  // split rules
+enum { NO_RULE, LLAMA3_RULE, QWEN2_RULE, GPT2_RULE, SMOLLM_RULE };  // for cutting text
 enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };  // types of tokens
-enum { OTHER, LETTER, NUMBER, WHITE, END };                         // classes of characters
-
+// 1 << class of a character: 0 to 3 are in the file
+enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32 };
 enum {
     UNICODE = 0x110000,         // codes end here; behind them
-    CODES = UNICODE + 256,      // bytes outside any character have one each, of class OTHER
+    CODES = UNICODE + 256,      // bytes outside any character have one each
     DEEPEST_COMPOSITION = 8,    // Unicode needs 3
     LONGEST_USER_DEFINED = 255,
     MOST_ENDS = 16,
@@ -1987,70 +1987,67 @@ typedef struct {
     uint64_t size;            // of the file
 } TokenizerHeader;
 
-typedef struct {
-    uint32_t at, length;  // its bytes in the file; of a BYTE, at is the byte itself
-    uint32_t type;
-} Token;
-
-typedef struct {  // a hash table
-    struct Entry { uint64_t key, value; } *entry;  // value 0: free
-    size_t mask;                                   // entries, a power of two, less one
-} Table;
+// n bytes, not a C string; those of llama2.c's <0xHH> are `byte`.
+typedef struct { const char *at; uint32_t n, type; char byte; } Token;
 
 typedef struct {
     File file;                  // stays mapped: the bytes of tokens are used where they lie
     TokenizerHeader header;
     Token *token;               // (n_tokens)
-    int byte_token[256];        // the token of a byte that stands alone, -1: none
+    struct Entry { uint64_t key, value; } *entry;  // (mask + 1) a hash table; value 0: free
+    size_t mask;
+    uint8_t *class, *mark;      // (CODES) for the rules; canonical combining classes, for NFC
     uint8_t user_defined[256];  // length of the longest such token that begins with this byte
-    bool *joined;               // (256, 256) whether some token has these two side by side
-    uint8_t *class, *mark;      // (CODES) for the split rules; canonical combining classes, for NFC
-    Table tokens;               // hash of the bytes: priority, id; of those that text can become
-    Table merges;               // left, right: priority, joined; the smallest priority goes first
-    Table parts, wholes;        // whole: first, second character; and back, for NFC
+    bool joined[256][256];      // whether some token has these two bytes side by side
 } Tokenizer;
 
-// The bytes that an id stands for, not a C string: none for what is never text.
-typedef struct {
-    const char *at;
-    size_t n;
-} Piece;
-
-static Piece piece(const Tokenizer *t, int id) {
-    if (id < 0 || (uint32_t)id >= t->header.n_tokens) return (Piece){"", 0};
-    const Token *k = &t->token[id];
-    const void *at = k->type == BYTE ? (const void *)&k->at : t->file.at + k->at;
-    return (Piece){at, k->type == CONTROL || k->type == UNKNOWN ? 0 : k->length};
+// What an id stands for: no bytes for what is never text.
+static Token piece(const Tokenizer *t, int id) {
+    Token k = {.at = ""};
+    if (id >= 0 && (uint32_t)id < t->header.n_tokens) k = t->token[id];
+    if (k.type == CONTROL || k.type == UNKNOWN) k.n = 0;
+    return k;
 }
 
 // Whether the model says with this id that its text is over.
 static bool ends_text(const Tokenizer *t, int id) {
-    for (uint32_t i = 0; i < t->header.n_ends; i++)
-        if (id == t->header.ends[i])
-            return true;
-    return id >= 0 && id == t->header.bos;
+    bool ends = id >= 0 && id == t->header.bos;
+    for (uint32_t i = 0; i < t->header.n_ends; i++) ends |= id == t->header.ends[i];
+    return ends;
 }
 
-static bool spells(const Tokenizer *t, uint32_t id, const void *bytes, size_t n) {
-    return t->token[id].length == n && memcmp(t->file.at + t->token[id].at, bytes, n) == 0;
+// memcmp would take longer for so few.
+static bool spells(const Token *k, const char *bytes, size_t n) {
+    size_t same = 0;
+    while (k->n == n && same < n && k->at[same] == bytes[same]) same++;
+    return k->n == n && same == n;
 }
 
 // The id of the control token with this name, -1 if there is none.
 static int find_control(const Tokenizer *t, const char *name, size_t n) {
-    for (uint32_t id = 0; id < t->header.n_tokens; id++)
-        if (t->token[id].type == CONTROL && spells(t, id, name, n))
-            return (int)id;
-    return -1;
+    int id = (int)t->header.n_tokens - 1;
+    while (id >= 0 && !(t->token[id].type == CONTROL && spells(&t->token[id], name, n))) id--;
+    return id;
 }
 
-static Table new_table(size_t n) {
-    size_t entries = 16;
-    while (entries < n + n / 2) entries *= 2;
-    return (Table){NEW(struct Entry, entries), entries - 1};
+// What is looked up, by key: for
+//     bytes of a token      priority, id     the smallest priority is joined first
+//     left, right token     priority, joined
+//     APART | code, 0       first, second character
+//     TOGETHER | first, second the character
+enum { TOGETHER = 1 << 24, APART = 1 << 25 };  // above any id and code
+
+static uint64_t pair(uint32_t first, uint32_t second) { return (uint64_t)first << 32 | second; }
+
+// FNV-1a; the upper bit tells it from the other keys.
+static uint64_t key_of(const void *bytes, size_t n) {
+    uint64_t h = 0xCBF29CE484222325;
+    for (const uint8_t *p = bytes; n > 0; n--) h = (h ^ *p++) * 0x100000001B3;
+    return h | 1ull << 63;
 }
 
 // The entry of a key, or the free one where it belongs.
-static struct Entry *probe(const Table *t, uint64_t key) {
+static struct Entry *probe(const Tokenizer *t, uint64_t key) {
     const uint64_t odd = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
     uint64_t h = key * odd;
     h = (h ^ h >> 32) * odd >> 32;
@@ -2058,58 +2055,48 @@ static struct Entry *probe(const Table *t, uint64_t key) {
         struct Entry *e = &t->entry[(h + i) & t->mask];
         if (e->value == 0 || e->key == key) return e;
     }
-    die("the tokenizer is broken: %d of its keys collide", MOST_PROBES);
+    die("%s: broken: %d of its keys collide", t->file.path, MOST_PROBES);
 }
 
-static uint64_t find(const Table *t, uint64_t key) { return probe(t, key)->value; }
+static uint64_t find(const Tokenizer *t, uint64_t key) { return probe(t, key)->value; }
 
 // Of values with the same key the first stays.
-static void enter(Table *t, uint64_t key, uint64_t value) {
+static void enter(Tokenizer *t, uint64_t key, uint64_t value) {
     struct Entry *e = probe(t, key);
     if (e->value == 0) *e = (struct Entry){key, value};
 }
 
-static uint64_t pair(uint32_t first, uint32_t second) { return (uint64_t)first << 32 | second; }
-
-static const uint64_t no_bytes = 0xCBF29CE484222325;  // the hash of
-
-// FNV-1a of bytes that follow those with the hash h.
-static uint64_t hash(uint64_t h, const uint8_t *bytes, size_t n) {
-    for (size_t i = 0; i < n; i++) h = (h ^ bytes[i]) * 0x100000001B3;
-    return h;
-}
-
 // Priority and id of the token that text of these bytes can become, 0 if there is none.
 static uint64_t find_token(const Tokenizer *t, const uint8_t *bytes, size_t n) {
-    uint64_t found = find(&t->tokens, hash(no_bytes, bytes, n));
-    return found && spells(t, (uint32_t)found, bytes, n) ? found : 0;
+    uint64_t found = find(t, key_of(bytes, n));
+    return found && spells(&t->token[(uint32_t)found], (const char *)bytes, n) ? found : 0;
 }
 
 enum { BROKEN = 0, CUT_SHORT = -1 };  // what is no character
 
 // How many bytes the character at p takes, n > 0 being there; BROKEN when there is none, CUT_SHORT
-// when all n bytes could begin one. (The Unicode Standard, table 3-7.)
+// when all n bytes could begin one: then the code is the byte's. (The Unicode Standard, table 3-7.)
 static int utf8(uint32_t *code, const uint8_t *p, size_t n) {
     uint8_t least = *p == 0xE0 ? 0xA0 : *p == 0xF0 ? 0x90 : 0x80;  // of the second byte
     uint8_t most = *p == 0xED ? 0x9F : *p == 0xF4 ? 0x8F : 0xBF;
     int length = *p < 0x80 ? 1 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4;
+    uint32_t bits = length == 1 ? *p : *p & (0x7F >> length);
+    *code = (uint32_t)UNICODE + *p;
     if ((*p >= 0x80 && *p < 0xC2) || *p > 0xF4) return BROKEN;
-    *code = length == 1 ? *p : *p & (0x7F >> length);
     for (int i = 1; i < length; i++, least = 0x80, most = 0xBF) {
         if ((size_t)i == n) return CUT_SHORT;
         if (p[i] < least || p[i] > most) return BROKEN;
-        *code = *code << 6 | (p[i] & 0x3F);
+        bits = bits << 6 | (p[i] & 0x3F);
     }
+    *code = bits;
     return length;
 }
 
-// The code at text[*at], which moves on.
-static uint32_t next_code(const uint8_t *text, size_t n, size_t *at) {
-    const uint8_t *p = text + *at;
+// The code at *p, which moves on.
+static uint32_t next_code(const uint8_t **p, const uint8_t *end) {
     uint32_t code;
-    int length = utf8(&code, p, n - *at);
-    *at += length > 0 ? (size_t)length : 1;
-    return length > 0 ? code : (uint32_t)UNICODE + *p;
+    *p += most(1, utf8(&code, *p, (size_t)(end - *p)));
+    return code;
 }
 
 static void append_code(Bytes *out, uint32_t code) {
@@ -2145,139 +2132,117 @@ static void check_header(const File *f, const TokenizerHeader *h, int vocab_size
     check(f, "zero of the header", !all_zero(h->zero, sizeof h->zero), 0, 0);
 }
 
-// Check a token, and let text become it if that may be.
-static void add_token(Tokenizer *t, uint32_t id, float score, Token k) {
-    static const uint32_t longest[] = {0, UINT32_MAX, UINT32_MAX, UINT32_MAX,
-                                       [USER_DEFINED] = LONGEST_USER_DEFINED, [BYTE] = 1};
-    if (k.type < NORMAL || k.type > BYTE || k.length > longest[k.type]
-        || (k.length == 0) != (k.type == UNUSED) || score != score)
+// The token at `at`: score, type (by the id in llama2.c's file, which writes bytes as <0xHH>),
+// length, bytes. Text can become it, if it is not of a special type. Returns where the next begins.
+static size_t read_token(Tokenizer *t, uint32_t id, size_t at, bool own) {
+    size_t head = own ? 12 : 8, left = t->file.size - at;
+    const uint8_t *start = t->file.at + at, *p = start + head;
+    uint32_t n = left < head ? 0 : read_u32(p - 4);
+    size_t taken = head + (own ? round_up(n, 4) : n);
+    if (left < taken)
+        die("%s: token %u of %u runs past the end; is it this model's?", t->file.path, id,
+            t->header.n_tokens);
+    float score = read_f32(start) + 0.0f;  // -0 is 0
+    Token *k = &t->token[id];
+    *k = (Token){.at = (const char *)p, .n = n};
+    k->type = own ? read_u32(start + 4) : id == 0 ? UNKNOWN : id < 3 ? CONTROL : NORMAL;
+    if (!own && id - 3 < 256 && n == 6 && memcmp(p, "<0x", 3) == 0)
+        *k = (Token){&k->byte, 1, BYTE, (char)(id - 3)};
+    if (k->type < NORMAL || k->type > BYTE || score != score || (k->n == 0) != (k->type == UNUSED)
+        || (k->type == BYTE && k->n > 1) || (k->type == USER_DEFINED && n > LONGEST_USER_DEFINED))
         die("%s: token %u has type %u, score %g and %u bytes; wanted a type of 1 to 6, a number, "
             "and bytes: 0 for type 5, 1 for type 6, else more, for type 4 at most %d",
-            t->file.path, id, k.type, (double)score, k.length, LONGEST_USER_DEFINED);
-    t->token[id] = k;
-    bool whole = k.type == NORMAL || k.type == USER_DEFINED;
-    if (!whole && k.type != BYTE) return;
-    const uint8_t *p = (const uint8_t *)piece(t, (int)id).at;
-    int *alone = &t->byte_token[*p];
-    if (k.length == 1 && (*alone < 0 || (whole && t->token[*alone].type == BYTE))) *alone = (int)id;
-    for (size_t i = 1; i < k.length; i++) t->joined[p[i - 1] << 8 | p[i]] = true;
-    if (k.type == USER_DEFINED && k.length > t->user_defined[*p])
-        t->user_defined[*p] = (uint8_t)k.length;
-    uint32_t bits = read_u32(&(float){score + 0.0f});  // these order like a signed number; -0 is 0
-    uint32_t priority = bits >> 31 ? bits : ~bits & INT32_MAX;
-    if (whole) enter(&t->tokens, hash(no_bytes, p, k.length), pair(priority, id));
+            t->file.path, id, k->type, (double)score, k->n, LONGEST_USER_DEFINED);
+    if (k->type != NORMAL && k->type != USER_DEFINED) return at + taken;
+    for (uint32_t i = 1; i < n; i++) t->joined[p[i - 1]][p[i]] = true;
+    if (k->type == USER_DEFINED && n > t->user_defined[*p]) t->user_defined[*p] = (uint8_t)n;
+    uint32_t bits = read_u32(&score), priority = bits >> 31 ? bits : ~bits & INT32_MAX;
+    enter(t, key_of(p, n), pair(priority, id));
+    return at + taken;
 }
 
-// Tokens fill the file from `at` on: score, type, length, bytes. llama2.c's file leaves the type to
-// the id, and writes bytes as <0xHH>.
 static void read_tokens(Tokenizer *t, size_t at, bool own) {
     const File *f = &t->file;
     uint32_t count = t->header.n_tokens;
-    for (uint32_t id = 0; id < count; id++) {
-        const uint8_t *p = f->at + at, *text = p + (own ? 12 : 8);
-        size_t left = at < f->size ? f->size - at : 0, head = (size_t)(text - p);
-        uint32_t n = left < head ? 0 : read_u32(text - 4);
-        size_t taken = head + (own ? round_up(n, 4) : n);
-        if (left < taken)
-            die("%s: token %u of %u runs past the end; is it this model's?", f->path, id, count);
-        Token k = {.at = (uint32_t)(at + head), .length = n};
-        k.type = own ? read_u32(p + 4) : id == 0 ? UNKNOWN : id < 3 ? CONTROL : NORMAL;
-        if (!own && id - 3 < 256 && n == 6 && memcmp(text, "<0x", 3) == 0)
-            k = (Token){.at = id - 3, .length = 1, .type = BYTE};
-        else if (k.type == BYTE && n == 1)
-            k.at = *text;
-        add_token(t, id, read_f32(p), k);
-        at += taken;
-    }
+    t->token = NEW(Token, count);
+    for (uint32_t id = 0; id < count; id++) at = read_token(t, id, at, own);
     if (at != f->size)
         die("%s: %zu bytes follow the last of %u tokens; is it this model's?", f->path,
             f->size - at, count);
+    for (uint32_t id = 0; id < count; id++)  // last, as other tokens of one byte go before
+        if (t->token[id].type == BYTE) enter(t, key_of(t->token[id].at, 1), pair(1, id));
     for (int b = 0; b < 256; b++)  // byte-level text rarely needs all, and some files lack a few
-        if (t->byte_token[b] < 0 && t->header.kind == SENTENCEPIECE)
+        if (t->header.kind == SENTENCEPIECE && !find_token(t, &(uint8_t){(uint8_t)b}, 1))
             die("%s: no token for byte %d", f->path, b);
 }
 
 // Each row must join two tokens to the one that has the bytes of both.
 static void read_merges(Tokenizer *t, const uint32_t *row) {
-    t->merges = new_table(t->header.n_merges);
     for (uint32_t i = 0; i < t->header.n_merges; i++, row += 3) {
-        Piece a = piece(t, (int)row[0]), b = piece(t, (int)row[1]), both = piece(t, (int)row[2]);
-        if (!a.n || !b.n || both.n != a.n + b.n || memcmp(both.at, a.at, a.n)
+        Token a = piece(t, (int)row[0]), b = piece(t, (int)row[1]), both = piece(t, (int)row[2]);
+        if (!a.n || !b.n || both.n != (size_t)a.n + b.n || memcmp(both.at, a.at, a.n)
             || memcmp(both.at + a.n, b.at, b.n))
             die("%s: merge %u is %u and %u to %u, which has not the bytes of both", t->file.path, i,
                 row[0], row[1], row[2]);
-        enter(&t->merges, pair(row[0], row[1]), pair(i + 1, row[2]));
+        enter(t, pair(row[0], row[1]), pair(i + 1, row[2]));
     }
 }
 
 // Rows of (first code, value), each valid up to the next, as one value a code.
-static uint8_t *read_runs(const File *f, const uint32_t *row, uint32_t rows, uint32_t most) {
-    if (rows == 0 || row[0] != 0)
-        die("%s: a table of characters does not begin with code 0", f->path);
+static uint8_t *read_runs(const File *f, const uint32_t *row, uint32_t rows, int most) {
     uint8_t *values = NEW(uint8_t, CODES);
+    check(f, "first code of a table of characters", rows ? row[0] : UNICODE, 0, 0);
     for (uint32_t i = 0; i < rows; i++, row += 2) {
         uint32_t end = i + 1 < rows ? row[2] : UNICODE;
-        if (row[0] >= end || end > UNICODE || row[1] > most)
-            die("%s: row %u of a table of characters: codes %#x to %#x are %u, wanted ascending "
-                "codes and at most %u", f->path, i, row[0], end, row[1], most);
+        check(f, "next code of a table of characters", end, (int64_t)row[0] + 1, UNICODE);
+        check(f, "value in a table of characters", row[1], 0, most);
         memset(values + row[0], (int)row[1], end - row[0]);
     }
     return values;
 }
 
-static void add_composition(Tokenizer *t, uint32_t whole, uint32_t first, uint32_t second) {
-    const uint32_t never = 1u << 31;  // a mark: these parts are never composed
-    uint32_t code = whole & ~never;
-    if (code >= UNICODE || first >= UNICODE || second >= UNICODE)
-        die("%s: a composition has %#x as %#x and %#x, wanted codes below %#x", t->file.path, whole,
-            first, second, UNICODE);
-    enter(&t->parts, code, pair(first, second));
-    if (code == whole) enter(&t->wholes, pair(first, second), whole);
-}
+enum { SYLLABLES = 19 * 21 * 28 };  // of Hangul: leading, vowel and trailing letters or none
 
-// The rows of the file, and Hangul, which it leaves out: its syllables are 19 leading by 21 vowel
-// by 28 trailing letters, the first of these being none.
+// The rows of the file, and Hangul, which it leaves out.
 static void read_compositions(Tokenizer *t, const uint32_t *row) {
-    const uint32_t n = t->header.n_compositions, syllables = 19 * 21 * 28;
-    t->parts = new_table((size_t)n + syllables);
-    t->wholes = new_table((size_t)n + syllables);
-    for (uint32_t i = 0; i < n; i++, row += 3) add_composition(t, row[0], row[1], row[2]);
-    for (uint32_t s = 0; s < syllables; s++)
-        if (s % 28)
-            add_composition(t, 0xAC00 + s, 0xAC00 + s - s % 28, 0x11A7 + s % 28);
-        else
-            add_composition(t, 0xAC00 + s, 0x1100 + s / 28 / 21, 0x1161 + s / 28 % 21);
+    const uint32_t n = t->header.n_compositions, never = 1u << 31;  // these are not composed
+    for (uint32_t i = 0; i < n + SYLLABLES; i++) {
+        uint32_t s = i - n, last = s % 28, whole = 0xAC00 + s;
+        uint32_t hangul[] = {whole, last ? whole - last : 0x1100 + s / 588,
+                             last ? 0x11A7 + last : 0x1161 + s / 28 % 21};
+        const uint32_t *r = i < n ? row + 3 * (size_t)i : hangul;
+        uint32_t codes[] = {r[0] & ~never, r[1], r[2]};
+        for (int k = 0; k < 3; k++) check(&t->file, "code of a pair", codes[k], 0, UNICODE - 1);
+        enter(t, pair(APART | codes[0], 0), pair(codes[1], codes[2]));
+        if (r[0] == codes[0]) enter(t, pair(TOGETHER | codes[1], codes[2]), codes[0]);
+    }
 }
 
 // Our format, with at most the tokens that the model has, or llama2.c's, with exactly them.
 static Tokenizer open_tokenizer(const char *path, int vocab_size) {
-    Tokenizer t = {.file = open_file(path)};
+    Tokenizer t = {.file = open_file(path), .mask = 15};
     const File *f = &t.file;
     TokenizerHeader *h = &t.header;
-    check(f, "size in bytes", (int64_t)f->size, 4, UINT32_MAX);
     bool own = f->size >= sizeof *h && memcmp(f->at, "LLAMA02T", 8) == 0;
-    if (own)
-        memcpy(h, f->at, sizeof *h);
-    else
-        *h = (TokenizerHeader){
-            .version = 1, .n_tokens = (uint32_t)vocab_size, .flags = ADDS_BOS | DUMMY_PREFIX,
-            .bos = 1, .n_ends = 1, .ends = {2}, .size = f->size,
-        };
+    *h = (TokenizerHeader){.version = 1, .n_tokens = (uint32_t)vocab_size, .size = f->size,
+                           .flags = ADDS_BOS | DUMMY_PREFIX, .bos = 1, .n_ends = 1, .ends = {2}};
+    if (own) memcpy(h, f->at, sizeof *h);
     check_header(f, h, vocab_size);
-
-    t.token = NEW(Token, h->n_tokens);
-    t.tokens = new_table(h->n_tokens);
-    t.joined = NEW(bool, 256 * 256);
-    memset(t.byte_token, -1, sizeof t.byte_token);
-    for (int i = 0; i < 256 && h->kind == SENTENCEPIECE; i++)
-        memset(t.joined + (i << 8 | 0x80), true, 0x40);  // what continues a character
-    size_t at = own ? sizeof *h : 4;  // llama2.c's longest length: not needed
-    read_tokens(&t, at + 12 * ((size_t)h->n_merges + h->n_compositions)
-                    + 8 * ((size_t)h->n_classes + h->n_marks), own);
-    const uint32_t *row = (const void *)(f->at + at);
+    size_t start = own ? sizeof *h : 4;  // llama2.c's longest length: not needed
+    size_t pairs = (size_t)h->n_merges + h->n_compositions;
+    size_t tokens_at = start + 12 * pairs + 8 * ((size_t)h->n_classes + h->n_marks);
+    check(f, "number of bytes in front of the tokens", (int64_t)tokens_at, 0, (int64_t)f->size);
+    size_t entries = h->n_tokens + 2 * (pairs + (h->flags & NFC ? SYLLABLES : 0));
+    while (t.mask < entries + entries / 2) t.mask += t.mask + 1;
+    t.entry = NEW(struct Entry, t.mask + 1);
+    read_tokens(&t, tokens_at, own);
+    const uint32_t *row = (const void *)(f->at + start);
     read_merges(&t, row);
     row += 3 * (size_t)h->n_merges;
-    if (h->rule) t.class = read_runs(f, row, h->n_classes, WHITE);
+    if (h->rule) {
+        t.class = read_runs(f, row, h->n_classes, 3);
+        t.class[' '] = 4, t.class['\n'] = t.class['\r'] = 5;
+    }
     row += 2 * (size_t)h->n_classes;
     if (h->flags & NFC) {
         t.mark = read_runs(f, row, h->n_marks, UINT8_MAX);
@@ -2287,8 +2252,7 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
 }
 
 static void close_tokenizer(Tokenizer *t) {
-    void *blocks[] = {t->token,        t->joined,       t->class,       t->mark,
-                      t->tokens.entry, t->merges.entry, t->parts.entry, t->wholes.entry};
+    void *blocks[] = {t->token, t->entry, t->class, t->mark};
     for (int i = 0; i < COUNT(blocks); i++) free(blocks[i]);
     close_file(&t->file);
 }
@@ -2298,10 +2262,10 @@ static void close_tokenizer(Tokenizer *t) {
 // Append the parts of a character, of which only the first has parts itself. A mark goes in front
 // of those of a higher class.
 static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth) {
-    uint64_t parts = code < 0x80 || depth == DEEPEST_COMPOSITION ? 0 : find(&t->parts, code);
+    uint64_t parts = code < 0x80 || depth == 0 ? 0 : find(t, pair(APART | code, 0));
     if (parts) {
-        decompose(out, t, (uint32_t)(parts >> 32), depth + 1);
-        if ((uint32_t)parts) decompose(out, t, (uint32_t)parts, DEEPEST_COMPOSITION);
+        decompose(out, t, (uint32_t)(parts >> 32), depth - 1);
+        if ((uint32_t)parts) decompose(out, t, (uint32_t)parts, 0);
         return;
     }
     push(out, (int)code);
@@ -2310,250 +2274,222 @@ static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth)
     *c = (int)code;
 }
 
-// Append text as NFC has it: each starter (class 0) takes in what combines with it, unless
-// something of the same or a higher class, or of class 0, stands between.
-static void append_nfc(Bytes *out, const Tokenizer *t, const uint8_t *text, size_t n) {
+// Text as NFC has it: each starter (class 0) takes in what combines with it, unless something of
+// the same or a higher class, or of class 0, stands between.
+static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
     Tokens codes = {0};
-    for (size_t at = 0; at < n;) decompose(&codes, t, next_code(text, n, &at), 0);
-    int *starter = NULL, between = -1;  // the class of what stands between last, -1: nothing
-    for (int *c = codes.at; codes.n && c < codes.at + codes.n; c++) {
-        int class = t->mark[*c];
-        uint64_t whole = 0;
-        if (starter && between < class && *c >= 0x300)  // below nothing combines
-            whole = find(&t->wholes, pair((uint32_t)*starter, (uint32_t)*c));
-        if (whole)
-            *starter = (int)whole, *c = -1;
-        else if (class)
-            between = class;
-        else
-            starter = c, between = -1;
+    Bytes out = {0};
+    for (const uint8_t *p = text; p < text + n;)
+        decompose(&codes, t, next_code(&p, text + n), DEEPEST_COMPOSITION);
+    size_t starter = 0, kept = 0;
+    for (size_t i = 0; i < codes.n; i++) {
+        int code = codes.at[i], class = t->mark[code], whole = 0;
+        bool meets = kept > 0 && (kept == starter + 1 || t->mark[codes.at[kept - 1]] < class);
+        if (meets && code >= 0x300)  // below nothing combines
+            whole = (int)find(t, pair(TOGETHER | (uint32_t)codes.at[starter], (uint32_t)code));
+        if (!whole && class == 0) starter = kept;
+        codes.at[whole ? starter : kept++] = whole ? whole : code;
     }
-    for (size_t i = 0; i < codes.n; i++)
-        if (codes.at[i] >= 0)
-            append_code(out, (uint32_t)codes.at[i]);
+    for (size_t i = 0; i < kept; i++) append_code(&out, (uint32_t)codes.at[i]);
     free(codes.at);
+    return out;
 }
 
-// ---- Encoding: splitting into pieces, joining symbols
+// ---- Encoding: cutting text into pieces, joining symbols
+
+enum { NONE = INT_MAX };  // no token
 
 typedef struct {
-    uint32_t end;       // where the next symbol begins; 0: joined to the one before, or the end
-    uint32_t previous;  // where the one before begins
-    int id;             // -1: no token
+    uint32_t end, previous;  // where the next symbol begins, and the one before
+    int id, both;            // its token, and that of it and the next one
 } Symbol;
 
 typedef struct {
-    uint64_t order;     // priority, where the left symbol begins: the smallest goes first
-    uint32_t end;       // of the right symbol
-    int id;             // the two together
-} Join;
-
-typedef struct {
     const Tokenizer *tokenizer;
-    const uint8_t *text;  // what stands between two user-defined tokens
+    const uint8_t *end;  // of what stands between two user-defined tokens
+    const uint8_t *run;  // the n bytes of it that are being joined
     size_t n;
-    const uint8_t *run;   // the part of it that is being joined
-    Symbol *symbol;       // (bytes of the run + 1), each where it begins
-    Join *heap;           // candidates; those whose symbols have changed are out of date
-    size_t symbol_room, joins, heap_room;
+    Symbol *symbol;      // (n + 1) each where it begins
+    uint64_t *best;      // (2 n) a tree: the smaller order of joins of 2 i and 2 i + 1 is at i
+    size_t symbol_room, best_room;
 } Encoder;
 
-// The class of the character at `at`, which ends at *end.
-static int class_at(const Encoder *e, size_t at, size_t *end) {
-    *end = at;
-    return at < e->n ? e->tokenizer->class[next_code(e->text, e->n, end)] : END;
+// The class of the character at p, 0 at the end of the text, and where the next character begins.
+static int class_at(const Encoder *e, const uint8_t *p, const uint8_t **next) {
+    *next = p;
+    return p < e->end ? 1 << e->tokenizer->class[next_code(next, e->end)] : 0;
 }
 
-// The end of at most `most` characters of a class.
-static size_t skip(const Encoder *e, size_t at, int class, size_t most) {
-    for (size_t end; most > 0 && class_at(e, at, &end) == class; most--) at = end;
-    return at;
+// The end of at most `most` characters of some classes.
+static const uint8_t *skip(const Encoder *e, const uint8_t *p, int classes, int most) {
+    for (const uint8_t *next; most > 0 && class_at(e, p, &next) & classes; most--) p = next;
+    return p;
 }
 
-static bool is_line_end(const Encoder *e, size_t at) {
-    return at < e->n && (e->text[at] == '\n' || e->text[at] == '\r');
-}
-
-// What an apostrophe draws to itself. Returns its end, or `at`.
-static size_t contraction_end(const Encoder *e, size_t at, bool any_case) {
+// What an apostrophe draws to itself. Returns its end, or p.
+static const uint8_t *contraction_end(const Encoder *e, const uint8_t *p, bool any_case) {
     static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d", "\u017F"};
     int known = any_case ? 8 : 7;  // U+017F is a long s, which is an s when case does not matter
-    for (int i = 0; i < known; i++) {
+    const char *text = (const char *)p + 1;
+    for (int i = 0; i < known && *p == '\''; i++) {
         size_t n = strlen(endings[i]);
-        const char *text = (const char *)e->text + at;
-        if (n <= e->n - at && (any_case ? strncasecmp : strncmp)(text, endings[i], n) == 0)
-            return at + n;
+        if (n < (size_t)(e->end - p) && !(any_case ? strncasecmp : strncmp)(text, endings[i], n))
+            return p + 1 + n;
     }
-    return at;
+    return p;
 }
 
 // White space: in the newer rules up to its last line end; else all of it at the end of the text;
 // else all but the last character, which may belong to what follows.
-static size_t white_end(const Encoder *e, size_t at, bool newer) {
-    size_t end = skip(e, at, WHITE, SIZE_MAX), last = end - 1, next;
-    for (size_t i = end; newer && i > at; i--)
-        if (is_line_end(e, i - 1))
-            return i;
-    while ((e->text[last] & 0xC0) == 0x80) last--;
-    int class = class_at(e, end, &next);
-    bool over = class == END || (class == NUMBER && e->tokenizer->header.rule == SMOLLM_RULE);
-    return over || last == at ? end : last;
+static const uint8_t *white_end(const Encoder *e, const uint8_t *p, uint32_t rule) {
+    const uint8_t *end = p, *last = p, *next, *line_end = NULL;
+    int class;
+    for (; (class = class_at(e, end, &next)) & (WHITE | SPACE | LINE_END); last = end, end = next)
+        if (class == LINE_END) line_end = next;
+    if (line_end && rule <= QWEN2_RULE) return line_end;
+    bool over = !class || (class == NUMBER && rule == SMOLLM_RULE);
+    return over || last == p ? end : last;
 }
 
-// The end of the piece that begins at `at`. The rules:
+// The end of the piece that begins at p. The rules:
 //     Llama 3  (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
 //              ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 //     Qwen2    the same with \p{N}
 //     GPT-2    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //     SmolLM   each \p{N} alone, then GPT-2's between them
-static size_t piece_end(const Encoder *e, size_t at) {
-    static const size_t most_digits[] = {0, 3, 1, SIZE_MAX, 1};
+static const uint8_t *piece_end(const Encoder *e, const uint8_t *p) {
+    enum { ALL = INT_MAX, ANY = OTHER | WHITE | SPACE };
+    static const struct { int before, class, most, after; } parts[][3] = {  // before: at most one
+        [LLAMA3_RULE] = {{ANY, LETTER, ALL, 0}, {0, NUMBER, 3, 0}, {SPACE, OTHER, ALL, LINE_END}},
+        [QWEN2_RULE] = {{ANY, LETTER, ALL, 0}, {0, NUMBER, 1, 0}, {SPACE, OTHER, ALL, LINE_END}},
+        [GPT2_RULE] = {{SPACE, LETTER, ALL, 0}, {SPACE, NUMBER, ALL, 0}, {SPACE, OTHER, ALL, 0}},
+        [SMOLLM_RULE] = {{SPACE, LETTER, ALL, 0}, {0, NUMBER, 1, 0}, {SPACE, OTHER, ALL, 0}},
+    };
     uint32_t rule = e->tokenizer->header.rule;
-    bool newer = rule == LLAMA3_RULE || rule == QWEN2_RULE, space = e->text[at] == ' ';
-    size_t second, end;
-    int class = class_at(e, at, &second);
-    if (class == NUMBER) return skip(e, at, NUMBER, most_digits[rule]);
-    if (e->text[at] == '\'' && (end = contraction_end(e, second, newer)) > second) return end;
-    int next = class == LETTER ? LETTER : class_at(e, second, &end);
-    if (class == LETTER || (next == LETTER && (newer ? !is_line_end(e, at) : space))
-        || (next == NUMBER && space && rule == GPT2_RULE))
-        return skip(e, second, next, SIZE_MAX);
-    if (class == WHITE && !(next == OTHER && space)) return white_end(e, at, newer);
-    end = skip(e, second, OTHER, SIZE_MAX);
-    while (newer && is_line_end(e, end)) end++;
-    return end;
-}
-
-// Put the join of a symbol with the next one on the heap, if there is a token for it.
-static void consider(Encoder *e, uint32_t left) {
-    const Tokenizer *t = e->tokenizer;
-    Symbol a = e->symbol[left], b = e->symbol[a.end];
-    if (b.end == 0) return;
-    uint64_t found = t->header.n_merges ? find(&t->merges, pair((uint32_t)a.id, (uint32_t)b.id))
-                                        : find_token(t, e->run + left, b.end - left);
-    if (!found) return;
-    grow((void **)&e->heap, &e->heap_room, e->joins + 1, sizeof *e->heap);
-    uint64_t order = pair((uint32_t)(found >> 32), left);
-    size_t i = e->joins++;
-    for (; i > 0 && order < e->heap[(i - 1) / 2].order; i = (i - 1) / 2)
-        e->heap[i] = e->heap[(i - 1) / 2];
-    e->heap[i] = (Join){order, b.end, (int)found};
-}
-
-static Join pop_join(Encoder *e) {
-    Join *heap = e->heap, first = heap[0], last = heap[--e->joins];
-    size_t i = 0;
-    for (size_t child; (child = 2 * i + 1) < e->joins; i = child) {
-        child += child + 1 < e->joins && heap[child + 1].order < heap[child].order;
-        if (last.order <= heap[child].order) break;
-        heap[i] = heap[child];
+    const uint8_t *end = contraction_end(e, p, rule <= QWEN2_RULE);
+    for (int i = 0; i < 3 && end == p; i++) {
+        const uint8_t *from = skip(e, p, parts[rule][i].before, 1);
+        end = skip(e, from, parts[rule][i].class, parts[rule][i].most);
+        end = end > from ? skip(e, end, parts[rule][i].after, ALL) : p;
     }
-    heap[i] = last;
-    return first;
+    return end > p ? end : white_end(e, p, rule);
 }
 
-static void start_symbols(Encoder *e, size_t n) {
+// Put down when a symbol is to be joined with the next one, and which join of all is now the best.
+static void set_order(Encoder *e, size_t at, uint64_t order) {
+    uint64_t *best = e->best;
+    best[at += e->n] = order;
+    for (; at > 1; at /= 2) best[at / 2] = best[at] < best[at ^ 1] ? best[at] : best[at ^ 1];
+}
+
+// Find out what a symbol and the next one become.
+static void consider(Encoder *e, uint32_t at) {
     const Tokenizer *t = e->tokenizer;
-    grow((void **)&e->symbol, &e->symbol_room, n + 1, sizeof *e->symbol);
-    uint32_t previous = 0, code;
-    for (uint32_t at = 0, end; at < n; previous = at, at = end) {
-        const uint8_t *p = e->run + at;
-        int length = t->header.kind == BYTE_LEVEL ? 1 : utf8(&code, p, n - at);
-        uint64_t found = length > 1 ? find_token(t, p, (size_t)length) : 0;
-        int id = found ? (int)found : -1;
-        if (length <= 1 || (!found && t->header.n_merges))  // merges join nothing but tokens
-            length = 1, id = t->byte_token[*p];
-        end = at + (uint32_t)length;
-        e->symbol[at] = (Symbol){end, previous, id};
-    }
-    e->symbol[n] = (Symbol){0, previous, -1};
+    Symbol *s = &e->symbol[at];
+    uint64_t both = 0;
+    if (s->end < e->n && t->header.n_merges)
+        both = find(t, pair((uint32_t)s->id, (uint32_t)e->symbol[s->end].id));
+    else if (s->end < e->n)
+        both = find_token(t, e->run + at, e->symbol[s->end].end - at);
+    s->both = (int)both;
+    set_order(e, at, both ? pair((uint32_t)(both >> 32), at) : UINT64_MAX);
+}
+
+// The symbol at `at`: a character or a byte. Merges join nothing but tokens, so with them a
+// character that is none falls into bytes at once.
+static Symbol new_symbol(const Encoder *e, uint32_t at, uint32_t previous) {
+    const Tokenizer *t = e->tokenizer;
+    uint32_t code, length = 1;
+    if (t->header.kind == SENTENCEPIECE)
+        length = (uint32_t)most(1, utf8(&code, e->run + at, e->n - at));
+    uint64_t found = find_token(t, e->run + at, length);
+    if (!found && length > 1 && t->header.n_merges)
+        found = find_token(t, e->run + at, length = 1);
+    return (Symbol){at + length, previous, found ? (int)found : NONE, NONE};
 }
 
 // Neighbours become one token, the best pair first, of equals the leftmost. Bytes stand for what is
 // no token in the end.
 static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
-    e->run = run;
-    start_symbols(e, n);
+    grow((void **)&e->symbol, &e->symbol_room, n + 1, sizeof *e->symbol);
+    grow((void **)&e->best, &e->best_room, 2 * n, sizeof *e->best);
+    memset(e->best, -1, 2 * n * sizeof *e->best);
+    e->run = run, e->n = n;
     Symbol *s = e->symbol;
-    for (uint32_t at = 0; at < n; at = s[at].end) consider(e, at);
-    while (e->joins > 0) {
-        Join join = pop_join(e);
-        uint32_t left = (uint32_t)join.order, right = s[left].end;
-        if (right == 0 || s[right].end != join.end)
-            continue;  // one of the two has been joined to another since
-        s[left].end = join.end, s[left].id = join.id;
-        s[right].end = 0;
-        s[join.end].previous = left;
+    for (uint32_t at = 0, last = 0; at < n; last = at, at = s[at].end) {
+        s[at] = new_symbol(e, at, last);
+        if (at > 0) consider(e, last);
+    }
+    while (e->best[1] != UINT64_MAX) {
+        uint32_t left = (uint32_t)e->best[1], right = s[left].end;
+        s[left].id = s[left].both, s[left].end = s[right].end;
+        s[s[right].end].previous = left;
+        set_order(e, right, UINT64_MAX);
         if (left > 0) consider(e, s[left].previous);
         consider(e, left);
     }
-    for (uint32_t at = 0; at < n; at = s[at].end)
-        for (uint32_t i = at; i < s[at].end; i = s[at].id < 0 ? i + 1 : s[at].end) {
-            int id = s[at].id < 0 ? e->tokenizer->byte_token[run[i]] : s[at].id;
-            if (id >= 0) push(out, id);
-        }
+    for (uint32_t at = 0, i = 0; at < n; i = at = s[at].end) {
+        if (s[at].id != NONE) push(out, s[at].id);
+        for (uint64_t found; s[at].id == NONE && i < s[at].end; i++)
+            if ((found = find_token(e->tokenizer, run + i, 1))) push(out, (int)found);
+    }
 }
 
 // Text between user-defined tokens. A piece falls into runs wherever two bytes meet that stand
 // together in no token: nothing is joined across, so the ids are the same, and the work on a word
 // stays in the first cache.
-static void encode_section(Tokens *out, const Tokenizer *t, const uint8_t *text, size_t n) {
+static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t n) {
+    const Tokenizer *t = e->tokenizer;
     Bytes composed = {0};
-    if (t->header.flags & NFC) {
-        append_nfc(&composed, t, text, n);
+    if (t->header.flags & NFC && n) {
+        composed = compose(t, text, n);
         text = (uint8_t *)composed.at, n = composed.n;
     }
-    if (n >= UINT32_MAX)  // symbols count the bytes
-        die("a text of %zu bytes is too long", n);
-    Encoder e = {.tokenizer = t, .text = text, .n = n};
-    for (size_t at = 0, end; at < n; at = end) {
-        end = t->header.rule ? piece_end(&e, at) : n;
-        uint64_t whole = t->header.flags & TAKES_WHOLE ? find_token(t, text + at, end - at) : 0;
+    e->end = text + n;
+    for (const uint8_t *p = text, *end; p < e->end; p = end) {
+        end = t->header.rule ? piece_end(e, p) : e->end;
+        uint64_t whole = t->header.flags & TAKES_WHOLE ? find_token(t, p, (size_t)(end - p)) : 0;
         if (whole) push(out, (int)whole);
-        for (size_t from = at; from < end && !whole; from = at) {
-            for (at++; at < end && t->joined[text[at - 1] << 8 | text[at]]; at++) {}
-            join_run(out, &e, text + from, at - from);
+        for (const uint8_t *from = p; from < end && !whole; from = p) {
+            for (p++; p < end && t->joined[p[-1]][*p]; p++) {}
+            join_run(out, e, from, (size_t)(p - from));
         }
     }
-    free(e.symbol);
-    free(e.heap);
     free(composed.at);
 }
 
-// The length of the longest user-defined token that the text begins with, 0 if there is none.
-static size_t user_defined(int *id, const Tokenizer *t, const uint8_t *text, size_t n) {
-    size_t longest = 0;
-    uint64_t h = no_bytes;
-    for (size_t k = 0; k < n && k < t->user_defined[*text];) {
-        h = hash(h, text + k++, 1);
-        uint32_t found = (uint32_t)find(&t->tokens, h);
-        if (t->token[found].type == USER_DEFINED && spells(t, found, text, k))
-            *id = (int)found, longest = k;
+// The longest user-defined token that the text begins with, as find_token; 0 if there is none.
+static uint64_t find_user_defined(const Tokenizer *t, const uint8_t *text, size_t n) {
+    for (size_t k = n < t->user_defined[*text] ? n : t->user_defined[*text]; k > 0; k--) {
+        uint64_t found = find_token(t, text, k);
+        if (found && t->token[(uint32_t)found].type == USER_DEFINED) return found;
     }
-    return longest;
+    return 0;
 }
 
 // Append the ids of any n bytes to out: no BOS, and no control tokens, whatever the text says.
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) {
     if (n == 0) return;
+    if (n >= UINT32_MAX / 2) die("a text of %zu bytes is too long", n);  // symbols count the bytes
     Bytes spaced = {0};  // as the vocabulary spells it: a space in front, and U+2581 is one
     append(&spaced, " ", t->header.flags & DUMMY_PREFIX ? 1 : 0);
-    for (size_t i = 0, taken; i < n; i += taken) {
-        bool sign = t->header.kind == SENTENCEPIECE && n - i > 2 && !memcmp(text + i, "\u2581", 3);
-        taken = sign ? 3 : 1;
-        append(&spaced, sign ? " " : text + i, 1);
+    const char *end = text + n, *sign = NULL;
+    for (; text < end; text = sign ? sign + 3 : end) {
+        if (t->header.kind == SENTENCEPIECE) sign = memmem(text, (size_t)(end - text), "\u2581", 3);
+        append(&spaced, text, (size_t)((sign ? sign : end) - text));
+        append(&spaced, " ", sign ? 1 : 0);
     }
-    const uint8_t *p = (const uint8_t *)spaced.at;
-    size_t from = 0;
-    for (size_t at = 0, length; at < spaced.n; at += length ? length : 1) {
-        int id;
-        length = user_defined(&id, t, p + at, spaced.n - at);
-        if (length == 0) continue;
-        encode_section(out, t, p + from, at - from);
-        push(out, id);
-        from = at + length;
+    Encoder e = {.tokenizer = t};
+    const uint8_t *p = (const uint8_t *)spaced.at, *last = p + spaced.n;
+    for (const uint8_t *from = p; from < last; from = p) {
+        uint64_t found = 0;
+        while (p < last && !(found = find_user_defined(t, p, (size_t)(last - p)))) p++;
+        encode_section(out, &e, from, (size_t)(p - from));
+        if (found) push(out, (int)found);
+        if (found) p += t->token[(uint32_t)found].n;
     }
-    encode_section(out, t, p + from, spaced.n - from);
+    free(e.symbol);
+    free(e.best);
     free(spaced.at);
 }
 
@@ -2563,30 +2499,30 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
 typedef struct {
     const Tokenizer *tokenizer;
     uint8_t held[4];  // what may be the beginning of a character
-    int n_held;
+    size_t n_held;
     bool begun;
 } Decoder;
 
 static void decode(Bytes *out, Decoder *d, int id) {
-    Piece p = piece(d->tokenizer, id);
-    bool prefix = !d->begun && d->tokenizer->header.flags & DUMMY_PREFIX && p.n && *p.at == ' ';
-    d->begun |= p.n > 0;
-    for (size_t i = prefix; i < p.n; i++) {
-        d->held[d->n_held++] = (uint8_t)p.at[i];
-        uint32_t code;
+    Token k = piece(d->tokenizer, id);
+    bool prefix = !d->begun && d->tokenizer->header.flags & DUMMY_PREFIX && k.n && *k.at == ' ';
+    d->begun |= k.n > 0;
+    uint32_t code;
+    for (size_t i = prefix; i < k.n; i++) {
+        d->held[d->n_held++] = (uint8_t)k.at[i];
         int n;
-        while (d->n_held && (n = utf8(&code, d->held, (size_t)d->n_held)) != CUT_SHORT) {
+        while (d->n_held && (n = utf8(&code, d->held, d->n_held)) != CUT_SHORT) {
             n += n == BROKEN;  // its first byte is in no character
             append(out, (char *)d->held, (size_t)n);
-            d->n_held -= n;
-            memmove(d->held, d->held + n, (size_t)d->n_held);
+            d->n_held -= (size_t)n;
+            memmove(d->held, d->held + n, d->n_held);
         }
     }
 }
 
 // The end of the text: what is held has no more to wait for.
 static void flush(Bytes *out, Decoder *d) {
-    append(out, (char *)d->held, (size_t)d->n_held);
+    append(out, (char *)d->held, d->n_held);
     d->n_held = 0;
 }
 
@@ -2937,7 +2873,7 @@ static const struct Format *format_of(const Session *s) {
 }
 
 // A message becomes a turn of the text.
-static void feed_turn(Session *s, Text *text, const struct Format *f, Piece message) {
+static void feed_turn(Session *s, Text *text, const struct Format *f, Token message) {
     const char *system = text->ids.n == 0 && s->options->system ? s->options->system : "";
     const char *parts[] = {text->ids.n ? f->again : f->first, *system ? f->system : "", f->user};
     bool front = f->strips == MESSAGE || (f->strips == BOTH && !*system);
@@ -2964,7 +2900,7 @@ static void feed_turn(Session *s, Text *text, const struct Format *f, Piece mess
 
 // One message and its answer. A conversation that no longer fits begins again, with the system
 // prompt and this message.
-static void talk(Session *s, Text *text, const struct Format *f, Piece message) {
+static void talk(Session *s, Text *text, const struct Format *f, Token message) {
     size_t before = text->ids.n, context = (size_t)s->state.context;
     feed_turn(s, text, f, message);
     if (before > 0 && text->ids.n >= context) {
@@ -2997,10 +2933,10 @@ static void run_chat(Session *s) {
     Text text = new_text(s, 0);
     Bytes line = {0};
     say_seed(s);
-    if (prompt) talk(s, &text, format, (Piece){prompt, strlen(prompt)});
+    if (prompt) talk(s, &text, format, (Token){prompt, strlen(prompt), NORMAL});
     while (fputs(terminal ? "> " : "", stderr), read_line(&line, stdin, "standard input")) {
         while (line.n && line.at[line.n - 1] == '\r') line.n--;
-        if (line.n) talk(s, &text, format, (Piece){line.at, line.n});
+        if (line.n) talk(s, &text, format, (Token){line.at, line.n, NORMAL});
     }
     if (terminal) fputc('\n', stderr);
     free_text(&text);
@@ -3110,7 +3046,7 @@ typedef struct { double nats, tokens; bool shows; } Loss;
 // On a terminal as text on a ground that grows from none over yellow to red with its surprise.
 static void show_score(Session *s, int id, double score, float *p) {
     int n = s->model.config.vocab_size, rank = 1;
-    Piece words = piece(&s->tokenizer, id);
+    Token words = piece(&s->tokenizer, id);
     Bytes shown = {0};
     if (isatty(fileno(s->out.file))) {
         static const uint8_t grounds[] = {255, 230, 230, 222, 222, 209, 209, 209, 196};

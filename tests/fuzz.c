@@ -173,7 +173,7 @@ static void try_model(const uint8_t *data, size_t n) {
 
 static bool has_all_bytes(const Tokenizer *t) {
     for (int b = 0; b < 256; b++)
-        if (t->byte_token[b] < 0)
+        if (!find_token(t, &(uint8_t){(uint8_t)b}, 1))
             return false;
     return true;
 }
