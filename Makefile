@@ -63,6 +63,6 @@ clean:
 	rm -f run run-portable run-debug run-threads tests/unit tests/unit-debug tests/fuzz
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q;s/^# //p' Makefile
 
 .PHONY: portable debug test fuzz soak coverage clean help

@@ -31,7 +31,7 @@ SLACK = 2048
 SANITIZERS = {"ASAN_OPTIONS": "quarantine_size_mb=1:thread_local_quarantine_size_kb=64",
               "UBSAN_OPTIONS": "print_stacktrace=1"}
 
-WORDS = "once upon a time there was little dog who said \"hello\" to the cat, mouse; and they \\ played 42 \t".split(" ")
+WORDS = "once upon a time there was little dog who said \"hi\" to the cat, mouse; and they \\ played 42 \t".split(" ")
 ODD = [b"\xff\xfe", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf0\x9f\xa6\x99", b"\xf0\x9f", b"\0", b"\r", b"\x1b[2J", b"\x7f",
        "\u2581é\u4e2d\u0301".encode(), b"[INST]", b"</s>", b"<s>", b"<0x0A>"]
 
@@ -52,7 +52,8 @@ def hardest_lines():
     """What takes the most memory comes first, so that nothing after it needs more: a full context for each prompt that
     batch mode takes at once, as the pages of a cache are only there once they were written, and the longest lines."""
     full = [b"a " * (CONTEXT - 5)] * 8
-    return full + 2 * [b"\xff" * LONGEST, b"\1" * LONGEST, bytes(range(11, 256)) * (LONGEST // 245), b"a " * (LONGEST // 2)]
+    return full + 2 * [b"\xff" * LONGEST, b"\1" * LONGEST, bytes(range(11, 256)) * (LONGEST // 245),
+                       b"a " * (LONGEST // 2)]
 
 
 def one_by_one(error):
