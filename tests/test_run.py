@@ -1210,7 +1210,7 @@ class Outputs(Case):
     def test_long_results_on_a_full_disk_are_one_line(self):
         if not os.path.exists("/dev/full"):
             self.skipTest("no /dev/full here")
-        many = self.write("many", b"one two three " * 3000)
+        many = self.write("many", b"one two three " * 300)
         for mode in (["-m", "tokens", "-f", many], ["-m", "score", "-f", many], ["-b", many], ["-m", "bench"]):
             done = start(STORIES, "-z", TOK512, *mode, "-o", "/dev/full")
             self.assertEqual(done.status, 1, (mode, done.err))
