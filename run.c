@@ -2638,21 +2638,19 @@ typedef enum { GOES_ON, ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED } Stop;
 
 // One text in one slot of the cache.
 typedef struct {
-    int slot, pos;   // the first pos of its tokens are in the cache
+    int slot, pos;            // the first pos of its tokens are in the cache
+    Bytes words;              // that it begins with
     Tokens ids;
-    bool bos;        // whether they begin with BOS
+    bool bos;                 // whether the first is BOS
     uint64_t random;
     Decoder decoder;
-    Bytes ready;     // characters that are complete but not written
-    int64_t made;    // tokens of the last reply
-    Stop stop;       // and why it has ended
+    Bytes ready;              // characters that are complete but not written
+    int64_t made; Stop stop;  // tokens of the last reply, and why it has ended
 } Text;
 
 typedef struct {
     const Options *options;
-    Model model;
-    Pool pool;
-    State state;
+    Model model; Pool pool; State state;
     char *tokenizer_path;
     Tokenizer tokenizer;
     Candidate *candidates;  // (2, vocab)
@@ -2661,24 +2659,25 @@ typedef struct {
     Output out;
 } Session;
 
-static Text new_text(const Session *s, int slot) {
+static Text new_text(const Session *s, int slot, Bytes words) {
     uint64_t random = s->seed ? s->seed : 0x9e3779b97f4a7c15;  // xorshift would never leave 0
-    return (Text){.slot = slot, .random = random, .decoder.tokenizer = &s->tokenizer};
+    Decoder decoder = {.tokenizer = &s->tokenizer};
+    return (Text){.slot = slot, .words = words, .random = random, .decoder = decoder};
 }
 
-static void free_text(Text *t) { free(t->ids.at), free(t->ready.at); }
+static void free_text(Text *t) { free(t->words.at), free(t->ids.at), free(t->ready.at); }
 
 static void say_seed(const Session *s) {
     if (s->options->taste.temperature > 0 && s->options->seed < 0)
         fprintf(stderr, "seed %lld\n", (long long)s->seed);
 }
 
-// The text begins with the words, after BOS if the model wants one, and they are ready.
-static void feed(Session *s, Text *text, Bytes words) {
+// The words of a new text become its ids, after BOS if the model wants one, and are ready.
+static void feed(Session *s, Text *text) {
     const TokenizerHeader *h = &s->tokenizer.header;
     text->bos = h->bos >= 0 && h->flags & ADDS_BOS;
     if (text->bos) push(&text->ids, h->bos);
-    encode(&text->ids, &s->tokenizer, words.at, words.n);
+    encode(&text->ids, &s->tokenizer, text->words.at, text->words.n);
     for (size_t i = 0; i < text->ids.n; i++) decode(&text->ready, &text->decoder, text->ids.at[i]);
 }
 
@@ -2718,19 +2717,18 @@ static Stop extend(Session *s, Text *text, float *scores) {
     if (ends_text(&s->tokenizer, id)) return text->stop = ENDED;
     push(&text->ids, id);
     decode(&text->ready, &text->decoder, id);
-    bool full = (int)text->ids.n > s->state.context;
-    text->stop = ++text->made >= s->options->steps ? REACHED_LIMIT : full ? CONTEXT_FULL : GOES_ON;
-    return text->stop;
+    bool full = (int)text->ids.n > s->state.context, enough = ++text->made >= s->options->steps;
+    return text->stop = enough ? REACHED_LIMIT : full ? CONTEXT_FULL : GOES_ON;
 }
 
 // Sample and write tokens until one ends the text, -n are out or the context is full; end the line.
 static void reply(Session *s, Text *text) {
     text->made = 0, text->stop = s->options->steps ? GOES_ON : REACHED_LIMIT;
     while (!text->stop) {
+        show_ready(s, text);
         float *scores = catch_up(s, text);
         if (interrupt_waits()) text->stop = INTERRUPTED;
         else extend(s, text, scores);
-        show_ready(s, text);
     }
     flush(&text->ready, &text->decoder);
     append(&text->ready, "\n", 1);
@@ -2762,6 +2760,7 @@ static void need_tokenizer(Session *s) {
     int size = (int)s->tokenizer.header.n_tokens;
     if (!named && strcmp(s->tokenizer_path, "tokenizer.bin") == 0 && size != vocab)
         die("tokenizer.bin has %d tokens, the model %d: -z names the model's own", size, vocab);
+    s->text = new_text(s, 0, (Bytes){0});
 }
 
 // Room for texts of as many tokens as the model or -c allows, or fewer where `enough` is less.
@@ -2785,12 +2784,10 @@ static void need_state(Session *s, size_t enough, int n_slots, int logit_rows) {
 static Text *given_text(Session *s) {
     const char *prompt = s->options->prompt, *path = prompt ? NULL : s->options->file;
     if (prompt && strcmp(prompt, "-") == 0) path = prompt;
-    Bytes words = path ? read_text(path) : (Bytes){0};
-    if (!path && prompt) append(&words, prompt, strlen(prompt));
     need_tokenizer(s);
-    s->text = new_text(s, 0);
-    feed(s, &s->text, words);
-    free(words.at);
+    if (path) s->text.words = read_text(path);
+    else if (prompt) append(&s->text.words, prompt, strlen(prompt));
+    feed(s, &s->text);
     return &s->text;
 }
 
@@ -2819,7 +2816,6 @@ static void run_generate(Session *s) {
     double start = seconds();
     catch_up(s, text);
     double middle = seconds();
-    show_ready(s, text);
     reply(s, text);
     say_speed("prompt", (double)given, middle - start);
     say_speed("generated", (double)text->made, seconds() - middle);
@@ -2830,21 +2826,19 @@ static void run_generate(Session *s) {
 // control tokens is encoded as one text. White space is stripped from around the message, or from
 // around the system prompt and it as one. Sources: the models' published templates.
 static const struct Format {
-    const char *name, *first, *again, *system, *user;
-    enum { NOTHING, MESSAGE, BOTH } strips;
+    const char *name, *first, *again, *system, *user; enum { NO, MESSAGE, BOTH } strips;
 } formats[] = {
-    {"none", "", "", "", "", NOTHING},
+    {"none", "", "", "", "", NO},
     {"llama2", "{<s>}[INST] ", "{</s>}{<s>}[INST] ", "<<SYS>>\n$\n<</SYS>>\n\n", "% [/INST]", BOTH},
     {"llama3", "{<|begin_of_text|>}", "{<|eot_id|>}",
      "{<|start_header_id|>}system{<|end_header_id|>}\n\n${<|eot_id|>}",
      "{<|start_header_id|>}user{<|end_header_id|>}\n\n%{<|eot_id|>}"
      "{<|start_header_id|>}assistant{<|end_header_id|>}\n\n", MESSAGE},
     {"chatml", "", "{<|im_end|>}\n", "{<|im_start|>}system\n${<|im_end|>}\n",
-     "{<|im_start|>}user\n%{<|im_end|>}\n{<|im_start|>}assistant\n", NOTHING},
-    {"mistral", "{<s>}[INST] ", "{</s>}[INST] ", "$\n\n", "% [/INST]", NOTHING},
-    {"zephyr", "", "{</s>}\n", "<|system|>\n${</s>}\n", "<|user|>\n%{</s>}\n<|assistant|>\n",
-     NOTHING},
-    {"mistral3", "{<s>}{[INST]}", "{</s>}{[INST]}", "$\n\n", "%{[/INST]}", NOTHING},
+     "{<|im_start|>}user\n%{<|im_end|>}\n{<|im_start|>}assistant\n", NO},
+    {"mistral", "{<s>}[INST] ", "{</s>}[INST] ", "$\n\n", "% [/INST]", NO},
+    {"zephyr", "", "{</s>}\n", "<|system|>\n${</s>}\n", "<|user|>\n%{</s>}\n<|assistant|>\n", NO},
+    {"mistral3", "{<s>}{[INST]}", "{</s>}{[INST]}", "$\n\n", "%{[/INST]}", NO},
 };
 enum { MISTRAL = 4, MISTRAL3 = 6 };  // the latter where the brackets are tokens of their own
 
@@ -2917,7 +2911,6 @@ static void run_chat(Session *s) {
     need_tokenizer(s);
     need_state(s, SIZE_MAX, 1, 1);
     const struct Format *format = format_of(s);
-    s->text = new_text(s, 0);
     say_seed(s);
     if (prompt) append(&line, prompt, strlen(prompt));
     do {
@@ -2930,46 +2923,40 @@ static void run_chat(Session *s) {
 // What stands before, and bytes as a JSON string; what is not UTF-8 becomes U+FFFD.
 static void print_json(Output *o, const char *before, const char *text, size_t n) {
     print(o, "%s\"", before);
-    for (size_t i = 0, step; i < n; i += step) {
-        uint32_t code;
-        int length = utf8(&code, (const uint8_t *)text + i, n - i);
-        step = (size_t)most(1, length);
-        if (length <= 0) print(o, "\uFFFD");
+    for (const uint8_t *p = (const uint8_t *)text, *from = p, *end = p + n; p < end; from = p) {
+        uint32_t code = next_code(&p, end);
+        if (code >= UNICODE) print(o, "\uFFFD");
         else if (code < 32 || code == 127) print(o, "\\u%04x", code);
-        else print(o, "%s%.*s", code == '"' || code == '\\' ? "\\" : "", length, text + i);
+        else print(o, "%s%.*s", code == '"' || code == '\\' ? "\\" : "", (int)(p - from), from);
     }
     print(o, "\"");
 }
 
-// Many prompts, one a line, decoded together: the weights are read once for all of them.
-typedef struct { Text text; Bytes prompt; } Task;
-
-// The prompt goes into a slot of the cache. Returns its text, or NULL if that ends at once.
-static Text *start_task(Session *s, Task *t, int slot) {
-    Text *text = &t->text;
-    *text = new_text(s, slot);
-    feed(s, text, t->prompt);
-    text->ready.n = 0;  // only the answer is text
+// Put a text with its words into a slot of the cache. Returns it, or NULL if it ends at once.
+static Text *start_text(Session *s, Text *text, int slot) {
+    *text = new_text(s, slot, text->words);
+    feed(s, text);
+    text->ready.n = 0;  // only the answer is
     bool fits = text->ids.n > 0 && text->ids.n <= (size_t)s->state.context;
     text->stop = !fits ? CONTEXT_FULL : s->options->steps ? GOES_ON : REACHED_LIMIT;
     return text->stop || extend(s, text, catch_up(s, text)) ? NULL : text;
 }
 
 // Returns how many tokens it has.
-static double write_result(Session *s, Task *t) {
+static double write_result(Session *s, Text *t) {
     static const char *const reasons[] = {"", "end", "limit", "context"};  // of Stop
-    double made = (double)t->text.made;
-    flush(&t->text.ready, &t->text.decoder);
-    print_json(&s->out, "{\"prompt\": ", t->prompt.at, t->prompt.n);
-    print_json(&s->out, ", \"text\": ", t->text.ready.at, t->text.ready.n);
-    print(&s->out, ", \"tokens\": %.0f, \"stop\": \"%s\"}\n", made, reasons[t->text.stop]);
-    free(t->prompt.at);
-    free_text(&t->text);
-    *t = (Task){0};
+    double made = (double)t->made;
+    flush(&t->ready, &t->decoder);
+    print_json(&s->out, "{\"prompt\": ", t->words.at, t->words.n);
+    print_json(&s->out, ", \"text\": ", t->ready.at, t->ready.n);
+    print(&s->out, ", \"tokens\": %.0f, \"stop\": \"%s\"}\n", made, reasons[t->stop]);
+    free_text(t);
+    *t = (Text){0};
     return made;
 }
 
-// Results wait in a ring for those before them; no line is begun that has no place in it.
+// Many prompts, one a line, decoded together: the weights are read once for all of them. Results
+// wait in a ring for those before them; no line is begun that has no place in it.
 static void run_batch(Session *s) {
     enum { WAITING = 1 << 13 };
     const char *path = s->options->batch ? s->options->batch : "-";
@@ -2980,16 +2967,15 @@ static void run_batch(Session *s) {
     need_tokenizer(s);
     need_state(s, SIZE_MAX, width, width);
     say_seed(s);
-    Task *ring = NEW(Task, places);
-    Text **running = NEW(Text *, width);
+    Text *ring = NEW(Text, places), **running = NEW(Text *, width);
     Step *steps = NEW(Step, width);
     double begin = seconds(), made = 0;
     for (int n = 1; n > 0 || !feof(in);) {
         n = 0;
         for (int i = 0; i < width; i++) {
             while (!running[i] && begun - written < places
-                   && read_line(&ring[begun % places].prompt, in, path))
-                running[i] = start_task(s, &ring[begun++ % places], i);
+                   && read_line(&ring[begun % places].words, in, path))
+                running[i] = start_text(s, &ring[begun++ % places], i);
             Text *t = running[i];
             if (t) steps[n++] = (Step){t->ids.at[t->ids.n - 1], i, t->pos++};
         }
@@ -2999,7 +2985,7 @@ static void run_batch(Session *s) {
             float *scores = row(s->state.logits, i, s->model.config.vocab_size);
             if (extend(s, *text, scores)) *text = NULL;
         }
-        while (written < begun && ring[written % places].text.stop)
+        while (written < begun && ring[written % places].stop)
             made += write_result(s, &ring[written++ % places]);
         send_off(&s->out);
     }
@@ -3210,11 +3196,10 @@ static void run_quantize(Session *s) {
     double sums[SLOTS][2] = {0};
     size_t at = HEADER;
     int l = 0;
-    if (to.config.type == Q4) die("%s: q4 is not quantized again", o->model);
     to.config.type = strcmp(type, "q4") == 0 ? Q4 : Q8;
-    if (!*path || strcmp(type, type_names[to.config.type]) != 0)
-        die("-m quantize wants -q q8 or q4 and -o for the file to write, not -q '%s' and -o '%s'",
-            type, path);
+    if (m->config.type == Q4 || !*path || strcmp(type, type_names[to.config.type]) != 0)
+        die("-m quantize wants a model that is not q4, -q q8 or q4, and -o for the file to write, "
+            "not %s, -q '%s' and -o '%s'", o->model, type, path);
     to.layers = NEW(Layer, to.config.n_layers);
     Header header = {MAGIC, 1, to.config, {0}, take_ours(&to)};
     write_bytes(&s->out, &header, HEADER);
