@@ -2650,13 +2650,11 @@ typedef struct {
 
 typedef struct {
     const Options *options;
-    Model model; Pool pool; State state;
+    Model model; Pool pool; State state; Tokenizer tokenizer; Output out;
     char *tokenizer_path;
-    Tokenizer tokenizer;
     Candidate *candidates;  // (2, vocab)
     uint64_t seed;
     Text text;              // the one of every mode but batch
-    Output out;
 } Session;
 
 static Text new_text(const Session *s, int slot, Bytes words) {
@@ -2723,7 +2721,9 @@ static Stop extend(Session *s, Text *text, float *scores) {
 
 // Sample and write tokens until one ends the text, -n are out or the context is full; end the line.
 static void reply(Session *s, Text *text) {
+    int context = s->state.context;
     text->made = 0, text->stop = s->options->steps ? GOES_ON : REACHED_LIMIT;
+    if ((int)text->ids.n > context) text->stop = CONTEXT_FULL;
     while (!text->stop) {
         show_ready(s, text);
         float *scores = catch_up(s, text);
@@ -2733,22 +2733,20 @@ static void reply(Session *s, Text *text) {
     flush(&text->ready, &text->decoder);
     append(&text->ready, "\n", 1);
     show_ready(s, text);
-    if (text->stop == CONTEXT_FULL)
-        fprintf(stderr, "the context of %d is full\n", s->state.context);
+    if (text->stop == CONTEXT_FULL) fprintf(stderr, "the context of %d is full\n", context);
 }
 
 // Beside NAME.bin as NAME.tokenizer.bin, beside it as tokenizer.bin, or in the current folder.
 static char *find_tokenizer(const char *model) {
     const char *slash = strrchr(model, '/'), *name = slash ? slash + 1 : model;
     const char *end = model + strlen(model), *dot = strrchr(name, '.');
+    int stem = (int)((dot ? dot : end) - model), folder = (int)(name - model);
     size_t room = strlen(model) + sizeof ".tokenizer.bin";
     char *path = NEW(char, room);
-    snprintf(path, room, "%.*s.tokenizer.bin", (int)((dot ? dot : end) - model), model);
-    if (access(path, F_OK) != 0)
-        snprintf(path, room, "%.*stokenizer.bin", (int)(name - model), model);
+    snprintf(path, room, "%.*s.tokenizer.bin", stem, model);
+    if (access(path, F_OK) != 0) snprintf(path, room, "%.*stokenizer.bin", folder, model);
     if (access(path, F_OK) != 0) snprintf(path, room, "tokenizer.bin");
-    if (access(path, F_OK) != 0)
-        die("no tokenizer: neither beside %s nor in this folder; -z names one", model);
+    if (access(path, F_OK) != 0) die("no tokenizer beside %s, nor here; -z names one", model);
     return path;
 }
 
@@ -2763,16 +2761,17 @@ static void need_tokenizer(Session *s) {
     s->text = new_text(s, 0, (Bytes){0});
 }
 
+enum { ROWS = 32 };  // of logits at once; those that nobody asks for take no memory
+
 // Room for texts of as many tokens as the model or -c allows, or fewer where `enough` is less.
-static void need_state(Session *s, size_t enough, int n_slots, int logit_rows) {
+static void need_state(Session *s, size_t enough, int n_slots) {
     const Config *c = &s->model.config;
     int context = s->options->context ? (int)s->options->context : c->max_seq_len;
     if (context > c->max_seq_len)
         die("the model's context is %d tokens, -c asks for %d", c->max_seq_len, context);
     if ((size_t)context > enough) context = (int)enough;
-    int batch = most(default_batch(c), most(n_slots, logit_rows));
-    s->state = (State){.model = &s->model, .pool = &s->pool, .context = context,
-                       .slots = n_slots, .batch = batch, .logit_rows = logit_rows};
+    s->state = (State){.model = &s->model, .pool = &s->pool, .context = context, .slots = n_slots,
+                       .batch = most(default_batch(c), n_slots), .logit_rows = most(ROWS, n_slots)};
     open_state(&s->state);
     s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
 }
@@ -2809,7 +2808,7 @@ static void run_generate(Session *s) {
     Text *text = given_text(s);
     size_t given = text->ids.n;
     if (given == 0) die("nothing to begin with: an empty prompt, and a tokenizer without BOS");
-    need_state(s, given + (size_t)s->options->steps, 1, 1);
+    need_state(s, given + (size_t)s->options->steps, 1);
     if (given > (size_t)s->state.context)
         die("the prompt has %zu tokens, the context %d", given, s->state.context);
     say_seed(s);
@@ -2882,20 +2881,17 @@ static void feed_turn(Session *s, Tokens *ids, const struct Format *f, Bytes mes
 // prompt and this message.
 static void talk(Session *s, const struct Format *f, Bytes message) {
     Text *text = &s->text;
-    size_t before = text->ids.n, context = (size_t)s->state.context;
-    feed_turn(s, &text->ids, f, message);
-    if (before > 0 && text->ids.n >= context) {
+    Tokens *ids = &text->ids;
+    size_t before = ids->n, context = (size_t)s->state.context;
+    feed_turn(s, ids, f, message);
+    if (before > 0 && ids->n >= context) {
         fprintf(stderr, "the context of %zu is full: beginning again\n", context);
-        before = text->ids.n = 0, text->pos = 0;
-        feed_turn(s, &text->ids, f, message);
+        before = ids->n = 0, text->pos = 0;
+        feed_turn(s, ids, f, message);
     }
-    for (size_t i = before; s->options->verbose && i < text->ids.n; i++)
-        fprintf(stderr, "%s %d%s", i == before ? "fed" : "", text->ids.at[i],
-                i + 1 == text->ids.n ? "\n" : "");
-    if (text->ids.n > context) {
-        fprintf(stderr, "the message has %zu tokens, the context %zu\n", text->ids.n, context);
-        return;
-    }
+    for (size_t i = before; s->options->verbose && i < ids->n; i++)
+        fprintf(stderr, "%s %d%s", i > before ? "" : "fed", ids->at[i], i + 1 < ids->n ? "" : "\n");
+    if (ids->n > context) fprintf(stderr, "the message has %zu tokens\n", ids->n);
     text->decoder = (Decoder){.tokenizer = &s->tokenizer};
     hold_interrupt(true);
     reply(s, text);
@@ -2905,14 +2901,13 @@ static void talk(Session *s, const struct Format *f, Bytes message) {
 
 // Turns from -i and then, line by line, from standard input.
 static void run_chat(Session *s) {
-    const char *prompt = s->options->prompt;
     bool terminal = isatty(STDIN_FILENO) && isatty(STDERR_FILENO);
     Bytes line = {0};
     need_tokenizer(s);
-    need_state(s, SIZE_MAX, 1, 1);
+    need_state(s, SIZE_MAX, 1);
     const struct Format *format = format_of(s);
     say_seed(s);
-    if (prompt) append(&line, prompt, strlen(prompt));
+    if (s->options->prompt) append(&line, s->options->prompt, strlen(s->options->prompt));
     do {
         while (line.n && line.at[line.n - 1] == '\r') line.n--;
         if (line.n) talk(s, format, line);
@@ -2923,7 +2918,8 @@ static void run_chat(Session *s) {
 // What stands before, and bytes as a JSON string; what is not UTF-8 becomes U+FFFD.
 static void print_json(Output *o, const char *before, const char *text, size_t n) {
     print(o, "%s\"", before);
-    for (const uint8_t *p = (const uint8_t *)text, *from = p, *end = p + n; p < end; from = p) {
+    const uint8_t *p = (const uint8_t *)(n ? text : ""), *end = p + n;
+    for (const uint8_t *from = p; p < end; from = p) {
         uint32_t code = next_code(&p, end);
         if (code >= UNICODE) print(o, "\uFFFD");
         else if (code < 32 || code == 127) print(o, "\\u%04x", code);
@@ -2965,7 +2961,7 @@ static void run_batch(Session *s) {
     FILE *in = strcmp(path, "-") == 0 ? stdin : fopen(path, "r");
     if (!in) die("%s: %s", path, strerror(errno));
     need_tokenizer(s);
-    need_state(s, SIZE_MAX, width, width);
+    need_state(s, SIZE_MAX, width);
     say_seed(s);
     Text *ring = NEW(Text, places), **running = NEW(Text *, width);
     Step *steps = NEW(Step, width);
@@ -3029,8 +3025,6 @@ static void judge(Session *s, Loss *loss, int id, float *p) {
     print(&s->out, "\n");
 }
 
-enum { ROWS = 32 };  // of logits at once
-
 // The logits after each token of the text, in order, are judged, or written if `loss` is NULL. The
 // text is cut into windows of the context, each with its BOS in front, if any, and seeing nothing
 // of those before; the first token of a window without BOS has no score.
@@ -3064,7 +3058,7 @@ static void score_text(Session *s, bool shows) {
     Text *text = given_text(s);
     size_t n = text->ids.n - text->bos;
     if (n < 2) die("the text has %zu tokens, too few to score", n);
-    need_state(s, text->ids.n, 1, ROWS);
+    need_state(s, text->ids.n, 1);
     if (s->state.context < 2) die("a context of 1 token has no room for one to score");
     text->ready.n = 0;  // the text is shown token by token, or not at all
     judge_text(s, &loss);
@@ -3076,11 +3070,13 @@ static void score_text(Session *s, bool shows) {
 static void run_perplexity(Session *s) { score_text(s, false); }
 static void run_score(Session *s) { score_text(s, true); }
 
-// The text is token ids in decimal, separated by white space.
-static void read_ids(Session *s) {
+// Token ids from -f in decimal, separated by white space, become the text; the logits after each,
+// float32 (tokens, vocabulary), go to -o.
+static void run_logits(Session *s) {
     static const char space[] = " \t\r\n";
     const char *path = s->options->file, *name = path ? path : "standard input";
     int vocab = s->model.config.vocab_size;
+    Tokens *ids = &s->text.ids;
     Bytes b = read_text(path ? path : "-");
     append(&b, "", 1);
     for (char *p = b.at, *end; (p += strspn(p, space)) < b.at + b.n - 1; p = end) {
@@ -3089,19 +3085,13 @@ static void read_ids(Session *s) {
         if (length == 0 || end != p + length || id < 0 || id >= vocab)
             die("%s: '%.*s' at byte %td is not a token id of 0 to %d", name, least(20, length), p,
                 p - b.at, vocab - 1);
-        push(&s->text.ids, (int)id);
+        push(ids, (int)id);
     }
-    if (s->text.ids.n == 0) die("%s: no token ids", name);
     free(b.at);
-}
-
-// Token ids from -f, their logits as float32 (tokens, vocabulary) to -o.
-static void run_logits(Session *s) {
-    read_ids(s);
-    size_t n = s->text.ids.n;
-    need_state(s, n, 1, ROWS);
-    if (n > (size_t)s->state.context)
-        die("there are %zu tokens, the context is %d", n, s->state.context);
+    if (ids->n == 0) die("%s: no token ids", name);
+    need_state(s, ids->n, 1);
+    int context = s->state.context;
+    if (ids->n > (size_t)context) die("there are %zu tokens, the context is %d", ids->n, context);
     judge_text(s, NULL);
 }
 
@@ -3150,8 +3140,7 @@ static void run_info(Session *s) {
 // Rows of a matrix in another type: threads pack them, and then they go out.
 enum { PACKED = 64 * PANEL };
 typedef struct {
-    const Tensor *from;
-    Type type;
+    const Tensor *from; Type type;
     int first;                            // of the rows
     uint8_t *panels;                      // that they become
     double error[PACKED], power[PACKED];  // sums of squares
@@ -3167,7 +3156,6 @@ static void pack_rows(void *job, int thread, int first, int end) {
         uint8_t *panel = p->panels + (size_t)(i / PANEL) * panel_bytes(p->type, w->cols);
         memset(x, 0, padded * sizeof *x);
         if (p->first + i < w->rows) unpack_row(x, w, p->first + i);
-        p->power[i] = 0;
         for (int j = 0; j < w->cols; j++) p->power[i] += (double)x[j] * (double)x[j];
         p->error[i] = pack_row(panel, p->type, i % PANEL, x, w->cols);
     }
@@ -3177,15 +3165,15 @@ static void pack_rows(void *job, int thread, int first, int end) {
 // Adds to the sums of squares of errors and of weights.
 static void write_packed(Session *s, const Tensor *w, Type type, double sums[2]) {
     size_t bytes = panel_bytes(type, w->cols);
-    Packing p = {.from = w, .type = type, .panels = new_array(PACKED / PANEL, bytes)};
-    for (int rows; p.first < w->rows; p.first += rows) {
-        rows = least(PACKED, (int)panel_count(w->rows) * PANEL - p.first);
-        memset(p.panels, 0, PACKED / PANEL * bytes);
+    uint8_t *panels = new_array(PACKED / PANEL, bytes);
+    for (int first = 0, rows; first < w->rows; first += rows) {
+        Packing p = {w, type, first, memset(panels, 0, PACKED / PANEL * bytes), {0}, {0}};
+        rows = least(PACKED, (int)panel_count(w->rows) * PANEL - first);
         parallel(&s->pool, rows, pack_rows, &p);
         for (int i = 0; i < rows; i++) sums[0] += p.error[i], sums[1] += p.power[i];
-        write_bytes(&s->out, p.panels, (size_t)rows / PANEL * bytes);
+        write_bytes(&s->out, panels, (size_t)rows / PANEL * bytes);
     }
-    free(p.panels);
+    free(panels);
 }
 
 static void run_quantize(Session *s) {
@@ -3227,8 +3215,7 @@ static void run_quantize(Session *s) {
 // independent sums are as many as latency times units, and registers, want.
 enum { CHAINS = 12, ROUNDS = 64, ROUND = CHAINS * LANES * 4, TRIALS = 5 };
 
-// n items of a ceiling, or n steps from position `from` on, `batch` at a time, with logits after
-// each batch.
+// n items of a ceiling, or n steps from position `from` on, `batch` at a time and then logits.
 typedef struct {
     enum { STEPS, READ, MULTIPLY, DOT } what;
     int n, from, batch;
@@ -3247,8 +3234,7 @@ static void strain(void *job, int thread, int first, int end) {
             else if (t->what == DOT) sum[j] = dot4(sum[j], x, sum[j]);  // x and x would share one
             else sum[j] = (IntPart)fused((FloatPart)x, (FloatPart)x, (FloatPart)sum[j]);
     UNROLL for (int j = 1; j < CHAINS; j++) sum[0] ^= sum[j];
-    volatile IntPart kept = sum[0];  // so that no work is left out
-    (void)kept;
+    (void)*(volatile IntPart *)sum;  // so that no work is left out
 }
 
 // Say how often a second it is done, at best, times what that is worth; return that.
@@ -3276,7 +3262,7 @@ static double measure(Session *s, const char *name, Trial t, double worth, const
 
 // One `name value unit` a line: the machine's ceilings, then speeds and their share of them.
 static void run_bench(Session *s) {
-    need_state(s, SIZE_MAX, 1, 1);
+    need_state(s, SIZE_MAX, 1);
     Cost cost = cost_of(&s->model.config);
     int context = s->state.context, prompt = least(512, context), threads = s->pool.threads;
     int depth = least((int)s->options->depth, context - 1), items = threads << 14;
