@@ -2969,17 +2969,15 @@ static void run_batch(Session *s) {
     for (int n = 1; n > 0 || !feof(in);) {
         n = 0;
         for (int i = 0; i < width; i++) {
-            while (!running[i] && begun - written < places
-                   && read_line(&ring[begun % places].words, in, path))
-                running[i] = start_text(s, &ring[begun++ % places], i);
             Text *t = running[i];
-            if (t) steps[n++] = (Step){t->ids.at[t->ids.n - 1], i, t->pos++};
+            for (; !t && begun - written < places; t = start_text(s, &ring[begun++ % places], i))
+                if (!read_line(&ring[begun % places].words, in, path)) break;
+            if ((running[i] = t)) steps[n++] = (Step){t->ids.at[t->ids.n - 1], i, t->pos++};
         }
         if (n > 0) forward(&s->state, steps, n), logits(&s->state, 0, n);
         for (int i = 0; i < n; i++) {
-            Text **text = &running[steps[i].slot];
-            float *scores = row(s->state.logits, i, s->model.config.vocab_size);
-            if (extend(s, *text, scores)) *text = NULL;
+            Text **t = &running[steps[i].slot];
+            if (extend(s, *t, row(s->state.logits, i, s->model.config.vocab_size))) *t = NULL;
         }
         while (written < begun && ring[written % places].stop)
             made += write_result(s, &ring[written++ % places]);
@@ -2993,9 +2991,9 @@ static void run_batch(Session *s) {
 // What the model thought of the tokens of a text: those so far, and whether each is shown.
 typedef struct { double nats, tokens; bool shows; } Loss;
 
-// A token and the logits it was chosen from. It is shown as a line: its text, log-probability, rank,
-// and the likeliest with their probabilities. On a terminal as text on a ground that grows from
-// none over yellow to red with its surprise.
+// A token and the logits before it. It is shown as a line: its text, log-probability, rank, and the
+// likeliest with their probabilities; on a terminal as text on a ground that grows from none over
+// yellow to red with its surprise.
 static void judge(Session *s, Loss *loss, int id, float *p) {
     int n = s->model.config.vocab_size, rank = 1;
     Token words = piece(&s->tokenizer, id);
@@ -3218,8 +3216,7 @@ enum { CHAINS = 12, ROUNDS = 64, ROUND = CHAINS * LANES * 4, TRIALS = 5 };
 // n items of a ceiling, or n steps from position `from` on, `batch` at a time and then logits.
 typedef struct {
     enum { STEPS, READ, MULTIPLY, DOT } what;
-    int n, from, batch;
-    const uint8_t *at;
+    int n, from, batch; const uint8_t *at;
 } Trial;
 
 // An item is ROUNDS times CHAINS registers read, multiply-adds or dot products of them.
