@@ -675,7 +675,8 @@ static int usable_cores(void) {
     }
     quota = read_number(group, "%ld", quota);
     period = read_number(group, "%*s %ld", period);
-    return most(1, quota > 0 ? least(cores, (int)((quota + period - 1) / period)) : cores);
+    bool limited = quota > 0 && period > 0;
+    return most(1, limited ? least(cores, (int)((quota + period - 1) / period)) : cores);
 }
 #else
 static int usable_cores(void) { return most(1, (int)sysconf(_SC_NPROCESSORS_ONLN)); }
