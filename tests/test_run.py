@@ -976,6 +976,17 @@ class Terminal(Case):
         self.before = termios.tcgetattr(fd)
         self.pid, self.fd, self.seen = pid, fd, b""
 
+    def end(self):
+        """The status with which the program ends, soon."""
+        for _ in range(MOST_SECONDS * 20):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return status
+            time.sleep(0.05)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.fail("it did not end after %r" % self.seen[-200:])
+
     def wait_for(self, text):
         """Read on until text comes, and return what came before it."""
         while text not in self.seen:
@@ -995,7 +1006,7 @@ class Terminal(Case):
             os.write(self.fd, line)
         self.wait_for(b"> ")
         os.write(self.fd, b"\x04")
-        self.assertEqual(os.waitpid(self.pid, 0)[1], 0)
+        self.assertEqual(self.end(), 0)
         self.assertEqual(termios.tcgetattr(self.fd), self.before)
 
     def interrupted(self):
@@ -1012,13 +1023,13 @@ class Terminal(Case):
     def test_ctrl_c_ends_an_answer_and_the_end_of_input_the_chat(self):
         self.interrupted()
         os.write(self.fd, b"\x04")
-        self.assertEqual(os.waitpid(self.pid, 0)[1], 0)
+        self.assertEqual(self.end(), 0)
         self.assertEqual(termios.tcgetattr(self.fd), self.before)
 
     def test_ctrl_c_where_no_answer_is_written_ends_the_chat(self):
         self.interrupted()
         os.write(self.fd, b"\x03")
-        self.assertEqual(os.WTERMSIG(os.waitpid(self.pid, 0)[1]), signal.SIGINT)
+        self.assertEqual(os.WTERMSIG(self.end()), signal.SIGINT)
         self.assertEqual(termios.tcgetattr(self.fd), self.before)
 
     def rest(self):
@@ -1030,7 +1041,7 @@ class Terminal(Case):
             except OSError:
                 part = b""
             if not part:
-                self.assertEqual(os.waitpid(self.pid, 0)[1], 0, self.seen)
+                self.assertEqual(self.end(), 0, self.seen)
                 return self.seen
             self.seen += part
 
@@ -1052,7 +1063,7 @@ class Terminal(Case):
         self.wait_for(b" %")
         self.assertEqual(before, b"\r")
         os.write(self.fd, b"\x03")
-        self.assertEqual(os.WTERMSIG(os.waitpid(self.pid, 0)[1]), signal.SIGINT)
+        self.assertEqual(os.WTERMSIG(self.end()), signal.SIGINT)
         self.assertEqual(os.listdir(self.place), ["big.bin"])
 
 
