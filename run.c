@@ -2672,8 +2672,9 @@ static void need_tokenizer(Session *s) {
 
 enum { ROWS = 32 };  // of logits at once; those that nobody asks for take no memory
 
-// Room for texts of as many tokens as the model or -c allows, or fewer where `enough` is less.
-static void need_state(Session *s, size_t enough, int n_slots) {
+// Room for texts of as many tokens as the model or -c allows, or fewer where `enough` is less;
+// returns how many.
+static size_t need_state(Session *s, size_t enough, int n_slots) {
     const Config *c = &s->model.config;
     int context = s->options->context ? (int)s->options->context : c->max_seq_len;
     if (context > c->max_seq_len)
@@ -2683,6 +2684,7 @@ static void need_state(Session *s, size_t enough, int n_slots) {
                        .batch = most(default_batch(c), n_slots), .logit_rows = most(ROWS, n_slots)};
     open_state(&s->state);
     s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
+    return (size_t)context;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2712,14 +2714,12 @@ static void say_speed(const char *what, double n, double time) {
     fprintf(stderr, "%s %.0f tokens in %.3f s, %.1f tokens/s\n", what, n, time, n / (time + 1e-9));
 }
 
-// Continue the prompt.
 static void run_generate(Session *s) {
     Text *text = given_text(s);
     size_t given = text->ids.n;
     if (given == 0) die("nothing to begin with: an empty prompt, and a tokenizer without BOS");
-    need_state(s, given + (size_t)s->options->steps, 1);
-    if (given > (size_t)s->state.context)
-        die("the prompt has %zu tokens, the context %d", given, s->state.context);
+    size_t context = need_state(s, given + (size_t)s->options->steps, 1);
+    if (given > context) die("the prompt has %zu tokens, the context %zu", given, context);
     say_seed(s);
     double start = seconds();
     catch_up(s, text);
@@ -2825,10 +2825,9 @@ static void run_chat(Session *s) {
 }
 
 // What stands before, and bytes as a JSON string; what is not UTF-8 becomes U+FFFD.
-static void print_json(Output *o, const char *before, const char *text, size_t n) {
+static void print_json(Output *o, const char *before, const void *text, size_t n) {
     print(o, "%s\"", before);
-    const uint8_t *p = (const uint8_t *)(n ? text : ""), *end = p + n;
-    for (const uint8_t *from = p; p < end; from = p) {
+    for (const uint8_t *p = n ? text : "", *from = p, *end = p + n; p < end; from = p) {
         uint32_t code = next_code(&p, end);
         if (code >= UNICODE) print(o, "\uFFFD");
         else if (code < 32 || code == 127) print(o, "\\u%04x", code);
@@ -2965,8 +2964,7 @@ static void score_text(Session *s, bool shows) {
     Text *text = given_text(s);
     size_t n = text->ids.n - text->bos;
     if (n < 2) die("the text has %zu tokens, too few to score", n);
-    need_state(s, text->ids.n, 1);
-    if (s->state.context < 2) die("a context of 1 token has no room for one to score");
+    if (need_state(s, text->ids.n, 1) < 2) die("a context of 1 token has no room for one to score");
     text->ready.n = 0;  // the text is shown token by token, or not at all
     judge_text(s, &loss);
     double nats = loss.nats / loss.tokens;
@@ -2996,13 +2994,11 @@ static void run_logits(Session *s) {
     }
     free(b.at);
     if (ids->n == 0) die("%s: no token ids", name);
-    need_state(s, ids->n, 1);
-    int context = s->state.context;
-    if (ids->n > (size_t)context) die("there are %zu tokens, the context is %d", ids->n, context);
+    size_t context = need_state(s, ids->n, 1);
+    if (ids->n > context) die("there are %zu tokens, the context is %zu", ids->n, context);
     judge_text(s, NULL);
 }
 
-// The ids of the text, one a line, without BOS.
 static void run_tokens(Session *s) {
     Text *text = given_text(s);
     for (size_t i = text->bos; i < text->ids.n; i++) print(&s->out, "%d\n", text->ids.at[i]);
@@ -3048,8 +3044,7 @@ static void run_info(Session *s) {
 enum { PACKED = 64 * PANEL };
 typedef struct {
     const Tensor *from; Type type;
-    int first;                            // of the rows
-    uint8_t *panels;                      // that they become
+    int first; uint8_t *panels;           // of the rows, and what they become
     double error[PACKED], power[PACKED];  // sums of squares
 } Packing;
 
