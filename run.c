@@ -3142,9 +3142,13 @@ static void strain(void *job, int thread, int first, int end) {
     (void)*(volatile IntPart *)sum;  // so that no work is left out
 }
 
-// Say how often a second it is done, at best, times what that is worth; return that.
+static int by_value(const void *a, const void *b) {
+    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+}
+
+// Say how often a second it is done, the median of TRIALS, times what that is worth; return that.
 static double measure(Session *s, const char *name, Trial t, double worth, const char *unit) {
-    double best = INFINITY;
+    double times[TRIALS];
     Text text = {0};
     t.at = s->model.file.at;
     for (int i = 0; t.what == STEPS && i < t.from + t.n; i++)
@@ -3156,10 +3160,11 @@ static double measure(Session *s, const char *name, Trial t, double worth, const
         if (t.what != STEPS) parallel(&s->pool, t.n, strain, &t);
         for (text.pos = t.from; t.what == STEPS && text.pos < t.from + t.n; catch_up(s, &text))
             text.ids.n = (size_t)(text.pos + t.batch);
-        best = fmin(best, seconds() - start);
+        times[i] = seconds() - start;
     }
     free_text(&text);
-    double value = worth * t.n / best;
+    qsort(times, TRIALS, sizeof *times, by_value);
+    double value = worth * t.n / times[TRIALS / 2];
     print(&s->out, "%s %.*f %s\n", name, value < 100 ? 2 : 0, value, unit);
     send_off(&s->out);
     return value;
