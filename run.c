@@ -1962,11 +1962,13 @@ enum { SENTENCEPIECE, BYTE_LEVEL };                                 // kinds
 enum { ADDS_BOS = 1, DUMMY_PREFIX = 2, TAKES_WHOLE = 4, NFC = 8 };  // flags
 enum { NO_RULE, LLAMA3_RULE, QWEN2_RULE, GPT2_RULE, SMOLLM_RULE };  // for cutting text
 enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };  // types of tokens
-// 1 << class of a character: 0 to 3 are in the file
-enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32 };
+// 1 << class of a character: 0 to 3 are in the file; MORE: a byte that is not its first
+enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32, MORE = 64 };
 enum {
-    UNICODE = 0x110000,         // codes end here; behind them
-    CODES = UNICODE + 256,      // bytes outside any character have one each
+    UNICODE = 0x110000,         // codes end here; behind them, for bytes outside any character:
+    CUT_SHORT = UNICODE + 256,  // those with which one may begin; before: the others
+    CODES = CUT_SHORT + 256,
+    NONE = INT_MAX,             // no token
     DEEPEST_COMPOSITION = 8,    // Unicode needs 3
     LONGEST_USER_DEFINED = 255,
     MOST_ENDS = 16,
@@ -1988,12 +1990,13 @@ typedef struct {
 } TokenizerHeader;
 
 // n bytes, not a C string; those of llama2.c's <0xHH> are `byte`.
-typedef struct { const char *at; uint32_t n, type; char byte; } Token;
+typedef struct { const char *at; size_t n; uint32_t type; char byte; } Token;
 
 typedef struct {
     File file;                  // stays mapped: the bytes of tokens are used where they lie
     TokenizerHeader header;
     Token *token;               // (n_tokens)
+    int byte_token[256];        // what a byte alone becomes, or NONE
     struct Entry { uint64_t key, value; } *entry;  // (mask + 1) a hash table; value 0: free
     size_t mask;
     uint8_t *class, *mark;      // (CODES) for the rules; canonical combining classes, for NFC
@@ -2003,8 +2006,7 @@ typedef struct {
 
 // What an id stands for: no bytes for what is never text.
 static Token piece(const Tokenizer *t, int id) {
-    Token k = {.at = ""};
-    if (id >= 0 && (uint32_t)id < t->header.n_tokens) k = t->token[id];
+    Token k = (uint32_t)id < t->header.n_tokens ? t->token[id] : (Token){.at = ""};
     if (k.type == CONTROL || k.type == UNKNOWN) k.n = 0;
     return k;
 }
@@ -2016,11 +2018,8 @@ static bool ends_text(const Tokenizer *t, int id) {
     return ends;
 }
 
-// memcmp would take longer for so few.
-static bool spells(const Token *k, const char *bytes, size_t n) {
-    size_t same = 0;
-    while (k->n == n && same < n && k->at[same] == bytes[same]) same++;
-    return k->n == n && same == n;
+static bool spells(const Token *k, const void *bytes, size_t n) {
+    return k->n == n && memcmp(k->at, bytes, n) == 0;
 }
 
 // The id of the control token with this name, -1 if there is none.
@@ -2031,19 +2030,18 @@ static int find_control(const Tokenizer *t, const char *name, size_t n) {
 }
 
 // What is looked up, by key: for
-//     bytes of a token      priority, id     the smallest priority is joined first
+//     hash of a token       priority, id     the smallest priority is joined first
 //     left, right token     priority, joined
 //     APART | code, 0       first, second character
 //     TOGETHER | first, second the character
 enum { TOGETHER = 1 << 24, APART = 1 << 25 };  // above any id and code
-
+static const uint64_t no_bytes = 0xCBF29CE484222325;  // the hash of
 static uint64_t pair(uint32_t first, uint32_t second) { return (uint64_t)first << 32 | second; }
 
-// FNV-1a; the upper bit tells it from the other keys.
-static uint64_t key_of(const void *bytes, size_t n) {
-    uint64_t h = 0xCBF29CE484222325;
-    for (const uint8_t *p = bytes; n > 0; n--) h = (h ^ *p++) * 0x100000001B3;
-    return h | 1ull << 63;
+// FNV-1a of bytes that follow those of hash h; the upper bit tells it from the other keys.
+static uint64_t hash(uint64_t h, const void *bytes, size_t n) {
+    for (const uint8_t *p = bytes; n > 0; n--) h = (h ^ *p++) * 0x100000001B3 | 1ull << 63;
+    return h;
 }
 
 // The entry of a key, or the free one where it belongs.
@@ -2068,34 +2066,27 @@ static void enter(Tokenizer *t, uint64_t key, uint64_t value) {
 
 // Priority and id of the token that text of these bytes can become, 0 if there is none.
 static uint64_t find_token(const Tokenizer *t, const uint8_t *bytes, size_t n) {
-    uint64_t found = find(t, key_of(bytes, n));
-    return found && spells(&t->token[(uint32_t)found], (const char *)bytes, n) ? found : 0;
+    uint64_t found = find(t, hash(no_bytes, bytes, n));
+    return found && spells(&t->token[(uint32_t)found], bytes, n) ? found : 0;
 }
 
-enum { BROKEN = 0, CUT_SHORT = -1 };  // what is no character
-
-// How many bytes the character at p takes, n > 0 being there; BROKEN when there is none, CUT_SHORT
-// when all n bytes could begin one: then the code is the byte's. (The Unicode Standard, table 3-7.)
-static int utf8(uint32_t *code, const uint8_t *p, size_t n) {
-    uint8_t least = *p == 0xE0 ? 0xA0 : *p == 0xF0 ? 0x90 : 0x80;  // of the second byte
-    uint8_t most = *p == 0xED ? 0x9F : *p == 0xF4 ? 0x8F : 0xBF;
-    int length = *p < 0x80 ? 1 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4;
-    uint32_t bits = length == 1 ? *p : *p & (0x7F >> length);
-    *code = (uint32_t)UNICODE + *p;
-    if ((*p >= 0x80 && *p < 0xC2) || *p > 0xF4) return BROKEN;
-    for (int i = 1; i < length; i++, least = 0x80, most = 0xBF) {
-        if ((size_t)i == n) return CUT_SHORT;
-        if (p[i] < least || p[i] > most) return BROKEN;
-        bits = bits << 6 | (p[i] & 0x3F);
+// The code at *at, which moves on. A byte with which no character begins is UNICODE + byte; one
+// with which one may, if more than the bytes up to `end` followed, CUT_SHORT + byte. (The Unicode
+// Standard, table 3-7.)
+static uint32_t next_code(const uint8_t **at, const uint8_t *end) {
+    const uint8_t *p = *at, first = *p++;
+    uint8_t least = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;  // of the second byte
+    uint8_t most = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
+    int more = first < 0x80 ? 0 : first < 0xE0 ? 1 : first < 0xF0 ? 2 : 3;
+    uint32_t code = more ? first & (0x3F >> more) : first;
+    *at = p;
+    if ((first >= 0x80 && first < 0xC2) || first > 0xF4) return UNICODE + first;
+    for (; more > 0; more--, least = 0x80, most = 0xBF) {
+        if (p == end) return CUT_SHORT + first;
+        if (*p < least || *p > most) return UNICODE + first;
+        code = code << 6 | (*p++ & 0x3F);
     }
-    *code = bits;
-    return length;
-}
-
-// The code at *p, which moves on.
-static uint32_t next_code(const uint8_t **p, const uint8_t *end) {
-    uint32_t code;
-    *p += most(1, utf8(&code, *p, (size_t)(end - *p)));
+    *at = p;
     return code;
 }
 
@@ -2103,22 +2094,21 @@ static void append_code(Bytes *out, uint32_t code) {
     size_t n = code < 0x80 || code >= UNICODE ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     char c[4];
     for (size_t i = n; i-- > 1; code >>= 6) c[i] = (char)(0x80 | (code & 0x3F));
-    c[0] = (char)(n > 1 ? 0xF00 >> n | code : code & 0xFF);  // the low byte of UNICODE is 0
+    c[0] = (char)(n > 1 ? 0xF00 >> n | code : code);  // the low byte of UNICODE is 0
     append(out, c, n);
 }
 
 // ---- Reading the file
 
-static void check(const File *f, const char *name, int64_t value, int64_t least, int64_t most) {
+static void check(const File *f, const char *name, double value, double least, double most) {
     if (value < least || value > most)
-        die("%s: %s is %lld, not %lld to %lld", f->path, name, (long long)value, (long long)least,
-            (long long)most);
+        die("%s: %s is %.10g, not %.10g to %.10g", f->path, name, value, least, most);
 }
 
 static void check_header(const File *f, const TokenizerHeader *h, int vocab_size) {
-    int64_t last = (int64_t)h->n_tokens - 1, size = (int64_t)f->size;
+    double last = h->n_tokens - 1.0;
     check(f, "version", h->version, 1, 1);
-    check(f, "size in the header", (int64_t)h->size, size, size);
+    check(f, "size in the header", (double)h->size, (double)f->size, (double)f->size);
     check(f, "kind", h->kind, SENTENCEPIECE, BYTE_LEVEL);
     check(f, "flags", h->flags, 0, ADDS_BOS | DUMMY_PREFIX | TAKES_WHOLE | NFC);
     check(f, "split rule", h->rule, NO_RULE, h->kind == BYTE_LEVEL ? SMOLLM_RULE : NO_RULE);
@@ -2133,15 +2123,13 @@ static void check_header(const File *f, const TokenizerHeader *h, int vocab_size
 }
 
 // The token at `at`: score, type (by the id in llama2.c's file, which writes bytes as <0xHH>),
-// length, bytes. Text can become it, if it is not of a special type. Returns where the next begins.
+// length, bytes. Text can become it, if it is not of a special type. Returns where the next begins;
+// behind the end of the file nothing is read.
 static size_t read_token(Tokenizer *t, uint32_t id, size_t at, bool own) {
-    size_t head = own ? 12 : 8, left = t->file.size - at;
-    const uint8_t *start = t->file.at + at, *p = start + head;
-    uint32_t n = left < head ? 0 : read_u32(p - 4);
-    size_t taken = head + (own ? round_up(n, 4) : n);
-    if (left < taken)
-        die("%s: token %u of %u runs past the end; is it this model's?", t->file.path, id,
-            t->header.n_tokens);
+    size_t head = at + (own ? 12 : 8);
+    const uint8_t *start = t->file.at + at, *p = t->file.at + head;
+    size_t n = head > t->file.size ? 0 : read_u32(p - 4), next = head + (own ? round_up(n, 4) : n);
+    if (next > t->file.size) return next;
     float score = read_f32(start) + 0.0f;  // -0 is 0
     Token *k = &t->token[id];
     *k = (Token){.at = (const char *)p, .n = n};
@@ -2150,37 +2138,39 @@ static size_t read_token(Tokenizer *t, uint32_t id, size_t at, bool own) {
         *k = (Token){&k->byte, 1, BYTE, (char)(id - 3)};
     if (k->type < NORMAL || k->type > BYTE || score != score || (k->n == 0) != (k->type == UNUSED)
         || (k->type == BYTE && k->n > 1) || (k->type == USER_DEFINED && n > LONGEST_USER_DEFINED))
-        die("%s: token %u has type %u, score %g and %u bytes; wanted a type of 1 to 6, a number, "
+        die("%s: token %u has type %u, score %g and %zu bytes; wanted a type of 1 to 6, a number, "
             "and bytes: 0 for type 5, 1 for type 6, else more, for type 4 at most %d",
             t->file.path, id, k->type, (double)score, k->n, LONGEST_USER_DEFINED);
-    if (k->type != NORMAL && k->type != USER_DEFINED) return at + taken;
-    for (uint32_t i = 1; i < n; i++) t->joined[p[i - 1]][p[i]] = true;
+    if (k->type != NORMAL && k->type != USER_DEFINED) return next;
+    for (size_t i = 1; i < n; i++) t->joined[p[i - 1]][p[i]] = true;
     if (k->type == USER_DEFINED && n > t->user_defined[*p]) t->user_defined[*p] = (uint8_t)n;
     uint32_t bits = read_u32(&score), priority = bits >> 31 ? bits : ~bits & INT32_MAX;
-    enter(t, key_of(p, n), pair(priority, id));
-    return at + taken;
+    enter(t, hash(no_bytes, p, n), pair(priority, id));
+    return next;
 }
 
 static void read_tokens(Tokenizer *t, size_t at, bool own) {
-    const File *f = &t->file;
-    uint32_t count = t->header.n_tokens;
-    t->token = NEW(Token, count);
-    for (uint32_t id = 0; id < count; id++) at = read_token(t, id, at, own);
-    if (at != f->size)
-        die("%s: %zu bytes follow the last of %u tokens; is it this model's?", f->path,
-            f->size - at, count);
-    for (uint32_t id = 0; id < count; id++)  // last, as other tokens of one byte go before
-        if (t->token[id].type == BYTE) enter(t, key_of(t->token[id].at, 1), pair(1, id));
-    for (int b = 0; b < 256; b++)  // byte-level text rarely needs all, and some files lack a few
-        if (t->header.kind == SENTENCEPIECE && !find_token(t, &(uint8_t){(uint8_t)b}, 1))
-            die("%s: no token for byte %d", f->path, b);
+    uint32_t n = t->header.n_tokens, id = 0;
+    t->token = NEW(Token, n);
+    while (id < n && at <= t->file.size) at = read_token(t, id++, at, own);
+    if (at != t->file.size)
+        die("%s: token %u of %u ends at byte %zu, the file at %zu; is it this model's?",
+            t->file.path, id, n, at, t->file.size);
+    for (id = 0; id < n; id++)  // last, as other tokens of one byte go before
+        if (t->token[id].type == BYTE) enter(t, hash(no_bytes, t->token[id].at, 1), pair(1, id));
+    for (int b = 0; b < 256; b++) {
+        uint64_t found = find_token(t, &(uint8_t){(uint8_t)b}, 1);
+        t->byte_token[b] = found ? (int)found : NONE;
+        if (!found && t->header.kind == SENTENCEPIECE)  // byte-level text rarely needs all
+            die("%s: no token for byte %d", t->file.path, b);
+    }
 }
 
 // Each row must join two tokens to the one that has the bytes of both.
 static void read_merges(Tokenizer *t, const uint32_t *row) {
     for (uint32_t i = 0; i < t->header.n_merges; i++, row += 3) {
         Token a = piece(t, (int)row[0]), b = piece(t, (int)row[1]), both = piece(t, (int)row[2]);
-        if (!a.n || !b.n || both.n != (size_t)a.n + b.n || memcmp(both.at, a.at, a.n)
+        if (!a.n || !b.n || both.n != a.n + b.n || memcmp(both.at, a.at, a.n)
             || memcmp(both.at + a.n, b.at, b.n))
             die("%s: merge %u is %u and %u to %u, which has not the bytes of both", t->file.path, i,
                 row[0], row[1], row[2]);
@@ -2194,7 +2184,7 @@ static uint8_t *read_runs(const File *f, const uint32_t *row, uint32_t rows, int
     check(f, "first code of a table of characters", rows ? row[0] : UNICODE, 0, 0);
     for (uint32_t i = 0; i < rows; i++, row += 2) {
         uint32_t end = i + 1 < rows ? row[2] : UNICODE;
-        check(f, "next code of a table of characters", end, (int64_t)row[0] + 1, UNICODE);
+        check(f, "next code of a table of characters", end, row[0] + 1.0, UNICODE);
         check(f, "value in a table of characters", row[1], 0, most);
         memset(values + row[0], (int)row[1], end - row[0]);
     }
@@ -2206,11 +2196,11 @@ enum { SYLLABLES = 19 * 21 * 28 };  // of Hangul: leading, vowel and trailing le
 // The rows of the file, and Hangul, which it leaves out.
 static void read_compositions(Tokenizer *t, const uint32_t *row) {
     const uint32_t n = t->header.n_compositions, never = 1u << 31;  // these are not composed
-    for (uint32_t i = 0; i < n + SYLLABLES; i++) {
+    for (uint32_t i = 0; i < n + SYLLABLES; i++, row += 3) {
         uint32_t s = i - n, last = s % 28, whole = 0xAC00 + s;
         uint32_t hangul[] = {whole, last ? whole - last : 0x1100 + s / 588,
                              last ? 0x11A7 + last : 0x1161 + s / 28 % 21};
-        const uint32_t *r = i < n ? row + 3 * (size_t)i : hangul;
+        const uint32_t *r = i < n ? row : hangul;
         uint32_t codes[] = {r[0] & ~never, r[1], r[2]};
         for (int k = 0; k < 3; k++) check(&t->file, "code of a pair", codes[k], 0, UNICODE - 1);
         enter(t, pair(APART | codes[0], 0), pair(codes[1], codes[2]));
@@ -2229,24 +2219,23 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
     if (own) memcpy(h, f->at, sizeof *h);
     check_header(f, h, vocab_size);
     size_t start = own ? sizeof *h : 4;  // llama2.c's longest length: not needed
-    size_t pairs = (size_t)h->n_merges + h->n_compositions;
-    size_t tokens_at = start + 12 * pairs + 8 * ((size_t)h->n_classes + h->n_marks);
-    check(f, "number of bytes in front of the tokens", (int64_t)tokens_at, 0, (int64_t)f->size);
-    size_t entries = h->n_tokens + 2 * (pairs + (h->flags & NFC ? SYLLABLES : 0));
-    while (t.mask < entries + entries / 2) t.mask += t.mask + 1;
+    size_t classes = 3 * (size_t)h->n_merges, marks = classes + 2 * (size_t)h->n_classes;
+    size_t compositions = marks + 2 * (size_t)h->n_marks;
+    size_t tokens = start + 4 * (compositions + 3 * (size_t)h->n_compositions);
+    check(f, "number of bytes in front of the tokens", (double)tokens, 0, (double)f->size);
+    size_t wanted = h->n_tokens + 2 * ((size_t)h->n_merges + h->n_compositions + SYLLABLES);
+    while (t.mask < wanted + wanted / 2) t.mask += t.mask + 1;
     t.entry = NEW(struct Entry, t.mask + 1);
-    read_tokens(&t, tokens_at, own);
-    const uint32_t *row = (const void *)(f->at + start);
-    read_merges(&t, row);
-    row += 3 * (size_t)h->n_merges;
+    const uint32_t *rows = (const void *)(f->at + start);
+    read_tokens(&t, tokens, own);
+    read_merges(&t, rows);
     if (h->rule) {
-        t.class = read_runs(f, row, h->n_classes, 3);
+        t.class = read_runs(f, rows + classes, h->n_classes, 3);
         t.class[' '] = 4, t.class['\n'] = t.class['\r'] = 5;
     }
-    row += 2 * (size_t)h->n_classes;
     if (h->flags & NFC) {
-        t.mark = read_runs(f, row, h->n_marks, UINT8_MAX);
-        read_compositions(&t, row + 2 * (size_t)h->n_marks);
+        t.mark = read_runs(f, rows + marks, h->n_marks, UINT8_MAX);
+        read_compositions(&t, rows + compositions);
     }
     return t;
 }
@@ -2297,8 +2286,6 @@ static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
 
 // ---- Encoding: cutting text into pieces, joining symbols
 
-enum { NONE = INT_MAX };  // no token
-
 typedef struct {
     uint32_t end, previous;  // where the next symbol begins, and the one before
     int id, both;            // its token, and that of it and the next one
@@ -2306,106 +2293,92 @@ typedef struct {
 
 typedef struct {
     const Tokenizer *tokenizer;
-    const uint8_t *end;  // of what stands between two user-defined tokens
-    const uint8_t *run;  // the n bytes of it that are being joined
-    size_t n;
-    Symbol *symbol;      // (n + 1) each where it begins
-    uint64_t *best;      // (2 n) a tree: the smaller order of joins of 2 i and 2 i + 1 is at i
-    size_t symbol_room, best_room;
+    const uint8_t *text, *run;  // between two user-defined tokens; n bytes of it, being joined
+    size_t size, n;
+    uint8_t *class;             // (size + 1) 1 << class of the character at each byte; at last 0
+    Symbol *symbol;             // (n + 1) each where it begins
+    uint64_t *best;             // (2 n) a tree: the smaller order of joins of 2 i and 2 i + 1 at i
+    size_t class_room, symbol_room, best_room;
 } Encoder;
 
-// The class of the character at p, 0 at the end of the text, and where the next character begins.
-static int class_at(const Encoder *e, const uint8_t *p, const uint8_t **next) {
-    *next = p;
-    return p < e->end ? 1 << e->tokenizer->class[next_code(next, e->end)] : 0;
+static void classify(Encoder *e) {
+    grow((void **)&e->class, &e->class_room, e->size + 1, 1);
+    for (const uint8_t *from = e->text, *p = from, *end = p + e->size; p < end; from = p) {
+        uint32_t code = next_code(&p, end);
+        memset(e->class + (from - e->text), MORE, (size_t)(p - from));
+        e->class[from - e->text] = (uint8_t)(1 << e->tokenizer->class[code]);
+    }
+    e->class[e->size] = 0;
 }
 
 // The end of at most `most` characters of some classes.
-static const uint8_t *skip(const Encoder *e, const uint8_t *p, int classes, int most) {
-    for (const uint8_t *next; most > 0 && class_at(e, p, &next) & classes; most--) p = next;
-    return p;
+static size_t skip(const Encoder *e, size_t at, uint32_t classes, uint32_t most) {
+    for (; most > 0 && e->class[at] & classes; most--)
+        while (e->class[++at] == MORE) {}
+    return at;
 }
 
-// What an apostrophe draws to itself. Returns its end, or p.
-static const uint8_t *contraction_end(const Encoder *e, const uint8_t *p, bool any_case) {
-    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d", "\u017F"};
-    int known = any_case ? 8 : 7;  // U+017F is a long s, which is an s when case does not matter
-    const char *text = (const char *)p + 1;
-    for (int i = 0; i < known && *p == '\''; i++) {
-        size_t n = strlen(endings[i]);
-        if (n < (size_t)(e->end - p) && !(any_case ? strncasecmp : strncmp)(text, endings[i], n))
-            return p + 1 + n;
-    }
-    return p;
-}
-
-// White space: in the newer rules up to its last line end; else all of it at the end of the text;
-// else all but the last character, which may belong to what follows.
-static const uint8_t *white_end(const Encoder *e, const uint8_t *p, uint32_t rule) {
-    const uint8_t *end = p, *last = p, *next, *line_end = NULL;
-    int class;
-    for (; (class = class_at(e, end, &next)) & (WHITE | SPACE | LINE_END); last = end, end = next)
-        if (class == LINE_END) line_end = next;
-    if (line_end && rule <= QWEN2_RULE) return line_end;
-    bool over = !class || (class == NUMBER && rule == SMOLLM_RULE);
-    return over || last == p ? end : last;
-}
-
-// The end of the piece that begins at p. The rules:
+// The end of the piece that begins at `at`: of the first expression that fits. The rules:
 //     Llama 3  (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
 //              ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 //     Qwen2    the same with \p{N}
 //     GPT-2    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //     SmolLM   each \p{N} alone, then GPT-2's between them
-static const uint8_t *piece_end(const Encoder *e, const uint8_t *p) {
-    enum { ALL = INT_MAX, ANY = OTHER | WHITE | SPACE };
-    static const struct { int before, class, most, after; } parts[][3] = {  // before: at most one
+static size_t piece_end(const Encoder *e, size_t at) {
+    enum { ALL = UINT32_MAX, ANY = OTHER | WHITE | SPACE };
+    static const struct { uint32_t before, class, most, after; } parts[][3] = {  // before: 0 or 1
         [LLAMA3_RULE] = {{ANY, LETTER, ALL, 0}, {0, NUMBER, 3, 0}, {SPACE, OTHER, ALL, LINE_END}},
         [QWEN2_RULE] = {{ANY, LETTER, ALL, 0}, {0, NUMBER, 1, 0}, {SPACE, OTHER, ALL, LINE_END}},
         [GPT2_RULE] = {{SPACE, LETTER, ALL, 0}, {SPACE, NUMBER, ALL, 0}, {SPACE, OTHER, ALL, 0}},
         [SMOLLM_RULE] = {{SPACE, LETTER, ALL, 0}, {0, NUMBER, 1, 0}, {SPACE, OTHER, ALL, 0}},
     };
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d", "\u017F"};
     uint32_t rule = e->tokenizer->header.rule;
-    const uint8_t *end = contraction_end(e, p, rule <= QWEN2_RULE);
-    for (int i = 0; i < 3 && end == p; i++) {
-        const uint8_t *from = skip(e, p, parts[rule][i].before, 1);
-        end = skip(e, from, parts[rule][i].class, parts[rule][i].most);
-        end = end > from ? skip(e, end, parts[rule][i].after, ALL) : p;
+    bool newer = rule <= QWEN2_RULE;  // case does not matter, so U+017F, the long s, is an s
+    for (int i = 0; e->text[at] == '\'' && i < (newer ? 8 : 7); i++) {
+        const char *text = (const char *)e->text + at + 1;
+        size_t n = strlen(endings[i]);
+        if (n < e->size - at && !(newer ? strncasecmp : strncmp)(text, endings[i], n))
+            return at + 1 + n;
     }
-    return end > p ? end : white_end(e, p, rule);
+    for (int i = 0; i < 3; i++) {
+        size_t from = skip(e, at, parts[rule][i].before, 1);
+        size_t end = skip(e, from, parts[rule][i].class, parts[rule][i].most);
+        if (end > from) return skip(e, end, parts[rule][i].after, ALL);
+    }
+    size_t end = skip(e, at, WHITE | SPACE | LINE_END, ALL), last = end - 1;
+    for (size_t i = end; newer && i > at; i--)
+        if (e->class[i - 1] == LINE_END) return i;
+    while (e->class[last] == MORE) last--;  // which may belong to what follows
+    bool over = !e->class[end] || (e->class[end] == NUMBER && rule == SMOLLM_RULE);
+    return over || last == at ? end : last;
 }
 
-// Put down when a symbol is to be joined with the next one, and which join of all is now the best.
-static void set_order(Encoder *e, size_t at, uint64_t order) {
-    uint64_t *best = e->best;
-    best[at += e->n] = order;
-    for (; at > 1; at /= 2) best[at / 2] = best[at] < best[at ^ 1] ? best[at] : best[at ^ 1];
-}
-
-// Find out what a symbol and the next one become.
+// Find out what a symbol and the next one become, put down when, and which join of all is the best.
 static void consider(Encoder *e, uint32_t at) {
     const Tokenizer *t = e->tokenizer;
-    Symbol *s = &e->symbol[at];
-    uint64_t both = 0;
-    if (s->end < e->n && t->header.n_merges)
-        both = find(t, pair((uint32_t)s->id, (uint32_t)e->symbol[s->end].id));
-    else if (s->end < e->n)
-        both = find_token(t, e->run + at, e->symbol[s->end].end - at);
-    s->both = (int)both;
-    set_order(e, at, both ? pair((uint32_t)(both >> 32), at) : UINT64_MAX);
+    Symbol *s = &e->symbol[at], *next = &e->symbol[s->end];
+    uint64_t found = 0, *best = e->best;
+    if (s->end < e->n)
+        found = t->header.n_merges ? find(t, pair((uint32_t)s->id, (uint32_t)next->id))
+                                   : find_token(t, e->run + at, next->end - at);
+    s->both = (int)found;
+    size_t i = at + e->n;
+    best[i] = found ? pair((uint32_t)(found >> 32), at) : UINT64_MAX;
+    for (; i > 1; i /= 2) best[i / 2] = best[i] < best[i ^ 1] ? best[i] : best[i ^ 1];
 }
 
 // The symbol at `at`: a character or a byte. Merges join nothing but tokens, so with them a
 // character that is none falls into bytes at once.
 static Symbol new_symbol(const Encoder *e, uint32_t at, uint32_t previous) {
     const Tokenizer *t = e->tokenizer;
-    uint32_t code, length = 1;
-    if (t->header.kind == SENTENCEPIECE)
-        length = (uint32_t)most(1, utf8(&code, e->run + at, e->n - at));
-    uint64_t found = find_token(t, e->run + at, length);
-    if (!found && length > 1 && t->header.n_merges)
-        found = find_token(t, e->run + at, length = 1);
-    return (Symbol){at + length, previous, found ? (int)found : NONE, NONE};
+    const uint8_t *p = e->run + at, *next = p;
+    uint64_t found = 0;
+    if (t->header.kind == SENTENCEPIECE) next_code(&next, e->run + e->n);
+    if (next > p + 1) found = find_token(t, p, (size_t)(next - p));
+    if (next <= p + 1 || (!found && t->header.n_merges))
+        return (Symbol){at + 1, previous, t->byte_token[*p], NONE};
+    return (Symbol){at + (uint32_t)(next - p), previous, found ? (int)found : NONE, NONE};
 }
 
 // Neighbours become one token, the best pair first, of equals the leftmost. Bytes stand for what is
@@ -2421,17 +2394,20 @@ static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
         if (at > 0) consider(e, last);
     }
     while (e->best[1] != UINT64_MAX) {
-        uint32_t left = (uint32_t)e->best[1], right = s[left].end;
-        s[left].id = s[left].both, s[left].end = s[right].end;
-        s[s[right].end].previous = left;
-        set_order(e, right, UINT64_MAX);
+        uint32_t left = (uint32_t)e->best[1], right = s[left].end, end = s[right].end;
+        s[left].id = s[left].both;
+        s[left].end = end, s[right].end = (uint32_t)n;  // which is joined no more
+        s[end].previous = left;
+        consider(e, right);
         if (left > 0) consider(e, s[left].previous);
         consider(e, left);
     }
-    for (uint32_t at = 0, i = 0; at < n; i = at = s[at].end) {
-        if (s[at].id != NONE) push(out, s[at].id);
-        for (uint64_t found; s[at].id == NONE && i < s[at].end; i++)
-            if ((found = find_token(e->tokenizer, run + i, 1))) push(out, (int)found);
+    for (uint32_t at = 0; at < n; at = s[at].end) {
+        bool whole = s[at].id != NONE;
+        for (uint32_t i = at; i < (whole ? at + 1 : s[at].end); i++) {
+            int id = whole ? s[at].id : e->tokenizer->byte_token[run[i]];
+            if (id != NONE) push(out, id);
+        }
     }
 }
 
@@ -2441,56 +2417,53 @@ static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
 static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t n) {
     const Tokenizer *t = e->tokenizer;
     Bytes composed = {0};
-    if (t->header.flags & NFC && n) {
-        composed = compose(t, text, n);
-        text = (uint8_t *)composed.at, n = composed.n;
-    }
-    e->end = text + n;
-    for (const uint8_t *p = text, *end; p < e->end; p = end) {
-        end = t->header.rule ? piece_end(e, p) : e->end;
-        uint64_t whole = t->header.flags & TAKES_WHOLE ? find_token(t, p, (size_t)(end - p)) : 0;
+    if (t->header.flags & NFC && n) composed = compose(t, text, n);
+    if (composed.n) text = (uint8_t *)composed.at, n = composed.n;
+    if (n >= UINT32_MAX) die("a text of %zu bytes is too long", n);  // symbols count the bytes
+    e->text = text, e->size = n;
+    if (t->header.rule) classify(e);
+    for (size_t at = 0, end; at < n; at = end) {
+        end = t->header.rule ? piece_end(e, at) : n;
+        uint64_t whole = t->header.flags & TAKES_WHOLE ? find_token(t, text + at, end - at) : 0;
         if (whole) push(out, (int)whole);
-        for (const uint8_t *from = p; from < end && !whole; from = p) {
-            for (p++; p < end && t->joined[p[-1]][*p]; p++) {}
-            join_run(out, e, from, (size_t)(p - from));
+        for (size_t from = at; from < end && !whole; from = at) {
+            for (at++; at < end && t->joined[text[at - 1]][text[at]]; at++) {}
+            join_run(out, e, text + from, at - from);
         }
     }
     free(composed.at);
 }
 
-// The longest user-defined token that the text begins with, as find_token; 0 if there is none.
-static uint64_t find_user_defined(const Tokenizer *t, const uint8_t *text, size_t n) {
-    for (size_t k = n < t->user_defined[*text] ? n : t->user_defined[*text]; k > 0; k--) {
-        uint64_t found = find_token(t, text, k);
-        if (found && t->token[(uint32_t)found].type == USER_DEFINED) return found;
-    }
-    return 0;
+// The longest user-defined token that the text begins with, NULL if there is none.
+static const Token *find_user_defined(const Tokenizer *t, const uint8_t *text, size_t n) {
+    const Token *longest = NULL;
+    uint64_t h = no_bytes, found;
+    for (size_t k = 1; k <= n && k <= t->user_defined[*text]; k++)
+        if ((found = find(t, h = hash(h, text + k - 1, 1)))) {
+            const Token *token = &t->token[(uint32_t)found];
+            if (token->type == USER_DEFINED && spells(token, text, k)) longest = token;
+        }
+    return longest;
 }
 
 // Append the ids of any n bytes to out: no BOS, and no control tokens, whatever the text says.
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) {
     if (n == 0) return;
-    if (n >= UINT32_MAX / 2) die("a text of %zu bytes is too long", n);  // symbols count the bytes
-    Bytes spaced = {0};  // as the vocabulary spells it: a space in front, and U+2581 is one
-    append(&spaced, " ", t->header.flags & DUMMY_PREFIX ? 1 : 0);
-    const char *end = text + n, *sign = NULL;
-    for (; text < end; text = sign ? sign + 3 : end) {
-        if (t->header.kind == SENTENCEPIECE) sign = memmem(text, (size_t)(end - text), "\u2581", 3);
-        append(&spaced, text, (size_t)((sign ? sign : end) - text));
-        append(&spaced, " ", sign ? 1 : 0);
+    uint8_t *spaced = NEW(uint8_t, n + 1), *last = spaced;
+    if (t->header.flags & DUMMY_PREFIX) *last++ = ' ';
+    for (const char *end = text + n; text < end; last++) {  // U+2581 is the vocabulary's space
+        bool sign = t->header.kind == SENTENCEPIECE && end - text > 2 && !memcmp(text, "\u2581", 3);
+        *last = sign ? ' ' : (uint8_t)*text;
+        text += sign ? 3 : 1;
     }
     Encoder e = {.tokenizer = t};
-    const uint8_t *p = (const uint8_t *)spaced.at, *last = p + spaced.n;
-    for (const uint8_t *from = p; from < last; from = p) {
-        uint64_t found = 0;
-        while (p < last && !(found = find_user_defined(t, p, (size_t)(last - p)))) p++;
+    const Token *token;
+    for (const uint8_t *p = spaced, *from = p; p < last; from = p) {
+        for (token = NULL; p < last && !(token = find_user_defined(t, p, (size_t)(last - p)));) p++;
         encode_section(out, &e, from, (size_t)(p - from));
-        if (found) push(out, (int)found);
-        if (found) p += t->token[(uint32_t)found].n;
+        if (token) push(out, (int)(token - t->token)), p += token->n;
     }
-    free(e.symbol);
-    free(e.best);
-    free(spaced.at);
+    free(e.class), free(e.symbol), free(e.best), free(spaced);
 }
 
 // ---- Decoding
@@ -2507,16 +2480,13 @@ static void decode(Bytes *out, Decoder *d, int id) {
     Token k = piece(d->tokenizer, id);
     bool prefix = !d->begun && d->tokenizer->header.flags & DUMMY_PREFIX && k.n && *k.at == ' ';
     d->begun |= k.n > 0;
-    uint32_t code;
     for (size_t i = prefix; i < k.n; i++) {
         d->held[d->n_held++] = (uint8_t)k.at[i];
-        int n;
-        while (d->n_held && (n = utf8(&code, d->held, d->n_held)) != CUT_SHORT) {
-            n += n == BROKEN;  // its first byte is in no character
-            append(out, (char *)d->held, (size_t)n);
-            d->n_held -= (size_t)n;
-            memmove(d->held, d->held + n, d->n_held);
-        }
+        const uint8_t *from = d->held, *p = from, *end = p + d->n_held;
+        while (p < end && next_code(&p, end) < CUT_SHORT) from = p;
+        append(out, (char *)d->held, (size_t)(from - d->held));
+        d->n_held = (size_t)(end - from);
+        memmove(d->held, from, d->n_held);
     }
 }
 
@@ -2933,10 +2903,10 @@ static void run_chat(Session *s) {
     Text text = new_text(s, 0);
     Bytes line = {0};
     say_seed(s);
-    if (prompt) talk(s, &text, format, (Token){prompt, strlen(prompt), NORMAL});
+    if (prompt) talk(s, &text, format, (Token){.at = prompt, .n = strlen(prompt)});
     while (fputs(terminal ? "> " : "", stderr), read_line(&line, stdin, "standard input")) {
         while (line.n && line.at[line.n - 1] == '\r') line.n--;
-        if (line.n) talk(s, &text, format, (Token){line.at, line.n, NORMAL});
+        if (line.n) talk(s, &text, format, (Token){.at = line.at, .n = line.n});
     }
     if (terminal) fputc('\n', stderr);
     free_text(&text);
@@ -2945,16 +2915,14 @@ static void run_chat(Session *s) {
 // What stands before, and bytes as a JSON string; what is not UTF-8 becomes U+FFFD.
 static void print_json(Output *o, const char *before, const char *text, size_t n) {
     print(o, "%s\"", before);
-    for (size_t i = 0, step; i < n; i += step) {
-        uint32_t code;
-        int length = utf8(&code, (const uint8_t *)text + i, n - i);
-        step = (size_t)most(1, length);
-        if (length <= 0)
+    for (const uint8_t *p = (const void *)text, *end = p + n, *from = p; p < end; from = p) {
+        uint32_t code = next_code(&p, end);
+        if (code >= UNICODE)
             print(o, "\uFFFD");
         else if (code < 32 || code == 127)
             print(o, "\\u%04x", code);
         else
-            print(o, "%s%.*s", code == '"' || code == '\\' ? "\\" : "", length, text + i);
+            print(o, "%s%.*s", code == '"' || code == '\\' ? "\\" : "", (int)(p - from), from);
     }
     print(o, "\"");
 }
