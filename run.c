@@ -1965,15 +1965,14 @@ enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };  // types of 
 // 1 << class of a character: 0 to 3 are in the file; MORE: a byte that is not its first
 enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32, MORE = 64 };
 enum {
-    UNICODE = 0x110000,         // codes end here; behind them, for bytes outside any character:
-    CUT_SHORT = UNICODE + 256,  // those with which one may begin; before: the others
+    UNICODE = 0x110000,          // codes end here; behind them, for bytes outside any character:
+    CUT_SHORT = UNICODE + 256,   // those with which one may begin; before: the others
     CODES = CUT_SHORT + 256,
-    NONE = INT_MAX,             // no token
-    DEEPEST_COMPOSITION = 8,    // Unicode needs 3
-    LONGEST_USER_DEFINED = 255,
-    MOST_ENDS = 16,
-    MOST_MARKS = 255,           // a mark moves over; Unicode's Stream-Safe Text has 30 in a row
-    MOST_PROBES = 512,          // so no file makes a lookup slow; honest ones need fewer than 100
+    SYLLABLES = 19 * 21 * 28,    // of Hangul: leading, vowel and trailing letters or none
+    DEEPEST_COMPOSITION = 8,     // Unicode needs 3
+    MOST_MARKS = 255,            // a mark moves over; Unicode's Stream-Safe Text has 30 in a row
+    MOST_PROBES = 512,           // so no file makes a lookup slow; honest ones need fewer than 100
+    NONE = INT_MAX, MOST_ENDS = 16, LONGEST_USER_DEFINED = 255,  // NONE: no token
 };
 
 // How the file begins. Merges (left, right, joined), classes and marks (first code, value) and
@@ -2018,14 +2017,12 @@ static bool ends_text(const Tokenizer *t, int id) {
     return ends;
 }
 
-static bool spells(const Token *k, const void *bytes, size_t n) {
-    return k->n == n && memcmp(k->at, bytes, n) == 0;
-}
+static bool spells(Token k, const void *p, size_t n) { return k.n == n && !memcmp(k.at, p, n); }
 
 // The id of the control token with this name, -1 if there is none.
 static int find_control(const Tokenizer *t, const char *name, size_t n) {
     int id = (int)t->header.n_tokens - 1;
-    while (id >= 0 && !(t->token[id].type == CONTROL && spells(&t->token[id], name, n))) id--;
+    while (id >= 0 && !(t->token[id].type == CONTROL && spells(t->token[id], name, n))) id--;
     return id;
 }
 
@@ -2067,7 +2064,7 @@ static void enter(Tokenizer *t, uint64_t key, uint64_t value) {
 // Priority and id of the token that text of these bytes can become, 0 if there is none.
 static uint64_t find_token(const Tokenizer *t, const uint8_t *bytes, size_t n) {
     uint64_t found = find(t, hash(no_bytes, bytes, n));
-    return found && spells(&t->token[(uint32_t)found], bytes, n) ? found : 0;
+    return found && spells(t->token[(uint32_t)found], bytes, n) ? found : 0;
 }
 
 // The code at *at, which moves on. A byte with which no character begins is UNICODE + byte; one
@@ -2122,47 +2119,43 @@ static void check_header(const File *f, const TokenizerHeader *h, int vocab_size
     check(f, "zero of the header", !all_zero(h->zero, sizeof h->zero), 0, 0);
 }
 
-// The token at `at`: score, type (by the id in llama2.c's file, which writes bytes as <0xHH>),
-// length, bytes. Text can become it, if it is not of a special type. Returns where the next begins;
-// behind the end of the file nothing is read.
-static size_t read_token(Tokenizer *t, uint32_t id, size_t at, bool own) {
-    size_t head = at + (own ? 12 : 8);
-    const uint8_t *start = t->file.at + at, *p = t->file.at + head;
-    size_t n = head > t->file.size ? 0 : read_u32(p - 4), next = head + (own ? round_up(n, 4) : n);
-    if (next > t->file.size) return next;
-    float score = read_f32(start) + 0.0f;  // -0 is 0
-    Token *k = &t->token[id];
-    *k = (Token){.at = (const char *)p, .n = n};
-    k->type = own ? read_u32(start + 4) : id == 0 ? UNKNOWN : id < 3 ? CONTROL : NORMAL;
-    if (!own && id - 3 < 256 && n == 6 && memcmp(p, "<0x", 3) == 0)
-        *k = (Token){&k->byte, 1, BYTE, (char)(id - 3)};
-    if (k->type < NORMAL || k->type > BYTE || score != score || (k->n == 0) != (k->type == UNUSED)
-        || (k->type == BYTE && k->n > 1) || (k->type == USER_DEFINED && n > LONGEST_USER_DEFINED))
-        die("%s: token %u has type %u, score %g and %zu bytes; wanted a type of 1 to 6, a number, "
-            "and bytes: 0 for type 5, 1 for type 6, else more, for type 4 at most %d",
-            t->file.path, id, k->type, (double)score, k->n, LONGEST_USER_DEFINED);
-    if (k->type != NORMAL && k->type != USER_DEFINED) return next;
-    for (size_t i = 1; i < n; i++) t->joined[p[i - 1]][p[i]] = true;
-    if (k->type == USER_DEFINED && n > t->user_defined[*p]) t->user_defined[*p] = (uint8_t)n;
-    uint32_t bits = read_u32(&score), priority = bits >> 31 ? bits : ~bits & INT32_MAX;
-    enter(t, hash(no_bytes, p, n), pair(priority, id));
-    return next;
-}
-
+// Tokens fill the file from `at` on: score, type, length, bytes. llama2.c's leaves the type to the
+// id, and writes bytes as <0xHH>. Text can become those that are not of a special type.
 static void read_tokens(Tokenizer *t, size_t at, bool own) {
-    uint32_t n = t->header.n_tokens, id = 0;
-    t->token = NEW(Token, n);
-    while (id < n && at <= t->file.size) at = read_token(t, id++, at, own);
-    if (at != t->file.size)
-        die("%s: token %u of %u ends at byte %zu, the file at %zu; is it this model's?",
-            t->file.path, id, n, at, t->file.size);
-    for (id = 0; id < n; id++)  // last, as other tokens of one byte go before
+    const File *f = &t->file;
+    uint32_t count = t->header.n_tokens, head = own ? 12 : 8;
+    t->token = NEW(Token, count);
+    for (uint32_t id = 0; id < count; id++) {
+        const uint8_t *start = f->at + at, *p = start + head;
+        size_t n = at + head > f->size ? 0 : read_u32(p - 4);
+        at += head + (own ? round_up(n, 4) : n);
+        if (at > f->size || (id + 1 == count && at != f->size))
+            die("%s: token %u of %u ends at byte %zu, the file at %zu; is it this model's?",
+                f->path, id, count, at, f->size);
+        float score = read_f32(start) + 0.0f;  // -0 is 0
+        uint32_t bits = read_u32(&score), priority = bits >> 31 ? bits : ~bits & INT32_MAX;
+        uint32_t type = own ? read_u32(start + 4) : id == 0 ? UNKNOWN : id < 3 ? CONTROL : NORMAL;
+        Token *k = &t->token[id];
+        *k = (Token){(const char *)p, n, type, 0};
+        if (!own && id - 3 < 256 && n == 6 && memcmp(p, "<0x", 3) == 0)
+            *k = (Token){&k->byte, 1, BYTE, (char)(id - 3)};
+        if (type < NORMAL || type > BYTE || score != score || (n == 0) != (type == UNUSED)
+            || (type == BYTE && n > 1) || (type == USER_DEFINED && n > LONGEST_USER_DEFINED))
+            die("%s: token %u: type %u, score %g, %zu bytes; wanted type 1 to 6, a number, and 0 "
+                "bytes for type 5, 1 for type 6, at most %d for type 4, else above 0", f->path, id,
+                type, (double)score, n, LONGEST_USER_DEFINED);
+        if (k->type != NORMAL && k->type != USER_DEFINED) continue;
+        for (size_t i = 1; i < n; i++) t->joined[p[i - 1]][p[i]] = true;
+        if (type == USER_DEFINED && n > t->user_defined[*p]) t->user_defined[*p] = (uint8_t)n;
+        enter(t, hash(no_bytes, p, n), pair(priority, id));
+    }
+    for (uint32_t id = 0; id < count; id++)  // last, as other tokens of one byte go before
         if (t->token[id].type == BYTE) enter(t, hash(no_bytes, t->token[id].at, 1), pair(1, id));
     for (int b = 0; b < 256; b++) {
         uint64_t found = find_token(t, &(uint8_t){(uint8_t)b}, 1);
         t->byte_token[b] = found ? (int)found : NONE;
         if (!found && t->header.kind == SENTENCEPIECE)  // byte-level text rarely needs all
-            die("%s: no token for byte %d", t->file.path, b);
+            die("%s: no token for byte %d", f->path, b);
     }
 }
 
@@ -2190,8 +2183,6 @@ static uint8_t *read_runs(const File *f, const uint32_t *row, uint32_t rows, int
     }
     return values;
 }
-
-enum { SYLLABLES = 19 * 21 * 28 };  // of Hangul: leading, vowel and trailing letters or none
 
 // The rows of the file, and Hangul, which it leaves out.
 static void read_compositions(Tokenizer *t, const uint32_t *row) {
@@ -2252,11 +2243,8 @@ static void close_tokenizer(Tokenizer *t) {
 // of those of a higher class.
 static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth) {
     uint64_t parts = code < 0x80 || depth == 0 ? 0 : find(t, pair(APART | code, 0));
-    if (parts) {
-        decompose(out, t, (uint32_t)(parts >> 32), depth - 1);
-        if ((uint32_t)parts) decompose(out, t, (uint32_t)parts, 0);
-        return;
-    }
+    if (parts) decompose(out, t, (uint32_t)(parts >> 32), depth - 1);
+    if (parts && !(code = (uint32_t)parts)) return;
     push(out, (int)code);
     int *c = out->at + out->n - 1, *end = out->n > MOST_MARKS ? c - MOST_MARKS : out->at;
     for (; c > end && t->mark[code] && t->mark[c[-1]] > t->mark[code]; c--) *c = c[-1];
@@ -2286,10 +2274,8 @@ static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
 
 // ---- Encoding: cutting text into pieces, joining symbols
 
-typedef struct {
-    uint32_t end, previous;  // where the next symbol begins, and the one before
-    int id, both;            // its token, and that of it and the next one
-} Symbol;
+// Where the next symbol begins, and the one before; its token, and that of it and the next one.
+typedef struct { uint32_t end, previous; int id, both; } Symbol;
 
 typedef struct {
     const Tokenizer *tokenizer;
@@ -2368,46 +2354,38 @@ static void consider(Encoder *e, uint32_t at) {
     for (; i > 1; i /= 2) best[i / 2] = best[i] < best[i ^ 1] ? best[i] : best[i ^ 1];
 }
 
-// The symbol at `at`: a character or a byte. Merges join nothing but tokens, so with them a
-// character that is none falls into bytes at once.
-static Symbol new_symbol(const Encoder *e, uint32_t at, uint32_t previous) {
-    const Tokenizer *t = e->tokenizer;
-    const uint8_t *p = e->run + at, *next = p;
-    uint64_t found = 0;
-    if (t->header.kind == SENTENCEPIECE) next_code(&next, e->run + e->n);
-    if (next > p + 1) found = find_token(t, p, (size_t)(next - p));
-    if (next <= p + 1 || (!found && t->header.n_merges))
-        return (Symbol){at + 1, previous, t->byte_token[*p], NONE};
-    return (Symbol){at + (uint32_t)(next - p), previous, found ? (int)found : NONE, NONE};
-}
-
 // Neighbours become one token, the best pair first, of equals the leftmost. Bytes stand for what is
-// no token in the end.
+// no token in the end: with merges, which join nothing but tokens, at once.
 static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
+    const Tokenizer *t = e->tokenizer;
     grow((void **)&e->symbol, &e->symbol_room, n + 1, sizeof *e->symbol);
     grow((void **)&e->best, &e->best_room, 2 * n, sizeof *e->best);
     memset(e->best, -1, 2 * n * sizeof *e->best);
     e->run = run, e->n = n;
     Symbol *s = e->symbol;
     for (uint32_t at = 0, last = 0; at < n; last = at, at = s[at].end) {
-        s[at] = new_symbol(e, at, last);
+        const uint8_t *p = run + at, *next = p;
+        uint64_t found = 0;
+        if (t->header.kind == SENTENCEPIECE) next_code(&next, run + n);
+        if (next > p + 1) found = find_token(t, p, (size_t)(next - p));
+        bool byte = next <= p + 1 || (!found && t->header.n_merges);
+        int id = found ? (int)found : byte ? t->byte_token[*p] : NONE;
+        s[at] = (Symbol){byte ? at + 1 : (uint32_t)(next - run), last, id, NONE};
         if (at > 0) consider(e, last);
     }
     while (e->best[1] != UINT64_MAX) {
         uint32_t left = (uint32_t)e->best[1], right = s[left].end, end = s[right].end;
-        s[left].id = s[left].both;
-        s[left].end = end, s[right].end = (uint32_t)n;  // which is joined no more
+        s[left].id = s[left].both, s[left].end = end;
         s[end].previous = left;
+        s[right].end = (uint32_t)n;  // so it is joined no more
         consider(e, right);
         if (left > 0) consider(e, s[left].previous);
         consider(e, left);
     }
-    for (uint32_t at = 0; at < n; at = s[at].end) {
-        bool whole = s[at].id != NONE;
-        for (uint32_t i = at; i < (whole ? at + 1 : s[at].end); i++) {
-            int id = whole ? s[at].id : e->tokenizer->byte_token[run[i]];
-            if (id != NONE) push(out, id);
-        }
+    for (uint32_t at = 0, i = 0; at < n; i = at = s[at].end) {
+        if (s[at].id != NONE) push(out, s[at].id);
+        for (; s[at].id == NONE && i < s[at].end; i++)
+            if (t->byte_token[run[i]] != NONE) push(out, t->byte_token[run[i]]);
     }
 }
 
@@ -2437,12 +2415,11 @@ static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t 
 // The longest user-defined token that the text begins with, NULL if there is none.
 static const Token *find_user_defined(const Tokenizer *t, const uint8_t *text, size_t n) {
     const Token *longest = NULL;
-    uint64_t h = no_bytes, found;
-    for (size_t k = 1; k <= n && k <= t->user_defined[*text]; k++)
-        if ((found = find(t, h = hash(h, text + k - 1, 1)))) {
-            const Token *token = &t->token[(uint32_t)found];
-            if (token->type == USER_DEFINED && spells(token, text, k)) longest = token;
-        }
+    uint64_t h = no_bytes;
+    for (size_t i = 0; i < n && i < t->user_defined[*text]; i++) {
+        const Token *k = &t->token[(uint32_t)find(t, h = hash(h, text + i, 1))];
+        if (k->type == USER_DEFINED && spells(*k, text, i + 1)) longest = k;
+    }
     return longest;
 }
 
