@@ -1980,12 +1980,12 @@ enum {
 typedef struct {
     char magic[8];
     uint32_t version, kind, n_tokens, flags, rule, chat;
-    int32_t bos, unknown;     // ids, -1: none
+    int32_t bos, unknown;  // ids, -1: none
     uint32_t n_ends;
-    int32_t ends[MOST_ENDS];  // ids that end a text
+    int32_t ends[MOST_ENDS];
     uint32_t n_merges, n_classes, n_marks, n_compositions;
     uint8_t zero[124];
-    uint64_t size;            // of the file
+    uint64_t size;  // of the file
 } TokenizerHeader;
 
 // n bytes, not a C string; those of llama2.c's <0xHH> are `byte`.
@@ -2232,8 +2232,7 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
 }
 
 static void close_tokenizer(Tokenizer *t) {
-    void *blocks[] = {t->token, t->entry, t->class, t->mark};
-    for (int i = 0; i < COUNT(blocks); i++) free(blocks[i]);
+    free(t->token), free(t->entry), free(t->class), free(t->mark);
     close_file(&t->file);
 }
 
@@ -2393,19 +2392,21 @@ static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
 // together in no token: nothing is joined across, so the ids are the same, and the work on a word
 // stays in the first cache.
 static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t n) {
-    const Tokenizer *t = e->tokenizer;
+    const TokenizerHeader *h = &e->tokenizer->header;
     Bytes composed = {0};
-    if (t->header.flags & NFC && n) composed = compose(t, text, n);
-    if (composed.n) text = (uint8_t *)composed.at, n = composed.n;
+    bool combines = false;  // which only U+0300 and what lies behind does
+    for (size_t i = 0; h->flags & NFC && i < n && !combines; i++) combines = text[i] >= 0xCC;
+    if (combines) composed = compose(e->tokenizer, text, n);
+    if (combines) text = (uint8_t *)composed.at, n = composed.n;
     if (n >= UINT32_MAX) die("a text of %zu bytes is too long", n);  // symbols count the bytes
     e->text = text, e->size = n;
-    if (t->header.rule) classify(e);
+    if (h->rule) classify(e);
     for (size_t at = 0, end; at < n; at = end) {
-        end = t->header.rule ? piece_end(e, at) : n;
-        uint64_t whole = t->header.flags & TAKES_WHOLE ? find_token(t, text + at, end - at) : 0;
+        end = h->rule ? piece_end(e, at) : n;
+        uint64_t whole = h->flags & TAKES_WHOLE ? find_token(e->tokenizer, text + at, end - at) : 0;
         if (whole) push(out, (int)whole);
         for (size_t from = at; from < end && !whole; from = at) {
-            for (at++; at < end && t->joined[text[at - 1]][text[at]]; at++) {}
+            for (at++; at < end && e->tokenizer->joined[text[at - 1]][text[at]]; at++) {}
             join_run(out, e, text + from, at - from);
         }
     }
@@ -2445,13 +2446,9 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
 
 // ---- Decoding
 
-// Ids go in one by one, bytes come out once they are a character or can never be one.
-typedef struct {
-    const Tokenizer *tokenizer;
-    uint8_t held[4];  // what may be the beginning of a character
-    size_t n_held;
-    bool begun;
-} Decoder;
+// Ids go in one by one, bytes come out once they are a character or can never be one: until then
+// they are held.
+typedef struct { const Tokenizer *tokenizer; uint8_t held[4]; size_t n_held; bool begun; } Decoder;
 
 static void decode(Bytes *out, Decoder *d, int id) {
     Token k = piece(d->tokenizer, id);
