@@ -1962,8 +1962,8 @@ enum { SENTENCEPIECE, BYTE_LEVEL };                                 // kinds
 enum { ADDS_BOS = 1, DUMMY_PREFIX = 2, TAKES_WHOLE = 4, NFC = 8 };  // flags
 enum { NO_RULE, LLAMA3_RULE, QWEN2_RULE, GPT2_RULE, SMOLLM_RULE };  // for cutting text
 enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };  // types of tokens
-// 1 << class of a character: 0 to 3 are in the file; MORE: a byte that is not its first
-enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32, MORE = 64 };
+// 1 << class of a character: 0 to 3 are in the file
+enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32, END = 64 };
 enum {
     UNICODE = 0x110000,          // codes end here; behind them, for bytes outside any character:
     CUT_SHORT = UNICODE + 256,   // those with which one may begin; before: the others
@@ -2236,8 +2236,6 @@ static void close_tokenizer(Tokenizer *t) {
     close_file(&t->file);
 }
 
-// ---- Canonical composition, Unicode's NFC
-
 // Append the parts of a character, of which only the first has parts itself. A mark goes in front
 // of those of a higher class.
 static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth) {
@@ -2250,8 +2248,8 @@ static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth)
     *c = (int)code;
 }
 
-// Text as NFC has it: each starter (class 0) takes in what combines with it, unless something of
-// the same or a higher class, or of class 0, stands between.
+// Text as Unicode's NFC has it: each starter (class 0) takes in what combines with it, unless
+// something of the same or a higher class, or of class 0, stands between.
 static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
     Tokens codes = {0};
     Bytes out = {0};
@@ -2280,26 +2278,16 @@ typedef struct {
     const Tokenizer *tokenizer;
     const uint8_t *text, *run;  // between two user-defined tokens; n bytes of it, being joined
     size_t size, n;
-    uint8_t *class;             // (size + 1) 1 << class of the character at each byte; at last 0
+    uint8_t *class;             // (size + 1) 1 << class of a character where it begins, else 0
     Symbol *symbol;             // (n + 1) each where it begins
     uint64_t *best;             // (2 n) a tree: the smaller order of joins of 2 i and 2 i + 1 at i
-    size_t class_room, symbol_room, best_room;
+    size_t symbol_room, best_room;
 } Encoder;
-
-static void classify(Encoder *e) {
-    grow((void **)&e->class, &e->class_room, e->size + 1, 1);
-    for (const uint8_t *from = e->text, *p = from, *end = p + e->size; p < end; from = p) {
-        uint32_t code = next_code(&p, end);
-        memset(e->class + (from - e->text), MORE, (size_t)(p - from));
-        e->class[from - e->text] = (uint8_t)(1 << e->tokenizer->class[code]);
-    }
-    e->class[e->size] = 0;
-}
 
 // The end of at most `most` characters of some classes.
 static size_t skip(const Encoder *e, size_t at, uint32_t classes, uint32_t most) {
     for (; most > 0 && e->class[at] & classes; most--)
-        while (e->class[++at] == MORE) {}
+        while (!e->class[++at]) {}
     return at;
 }
 
@@ -2334,8 +2322,8 @@ static size_t piece_end(const Encoder *e, size_t at) {
     size_t end = skip(e, at, WHITE | SPACE | LINE_END, ALL), last = end - 1;
     for (size_t i = end; newer && i > at; i--)
         if (e->class[i - 1] == LINE_END) return i;
-    while (e->class[last] == MORE) last--;  // which may belong to what follows
-    bool over = !e->class[end] || (e->class[end] == NUMBER && rule == SMOLLM_RULE);
+    while (!e->class[last]) last--;  // which may belong to what follows
+    bool over = e->class[end] == END || (e->class[end] == NUMBER && rule == SMOLLM_RULE);
     return over || last == at ? end : last;
 }
 
@@ -2399,8 +2387,10 @@ static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t 
     if (combines) composed = compose(e->tokenizer, text, n);
     if (combines) text = (uint8_t *)composed.at, n = composed.n;
     if (n >= UINT32_MAX) die("a text of %zu bytes is too long", n);  // symbols count the bytes
-    e->text = text, e->size = n;
-    if (h->rule) classify(e);
+    e->text = text, e->size = n, e->class = NEW(uint8_t, n + 1);
+    e->class[n] = END;
+    for (const uint8_t *p = text, *from = p; h->rule && p < text + n; from = p)
+        e->class[from - text] = (uint8_t)(1 << e->tokenizer->class[next_code(&p, text + n)]);
     for (size_t at = 0, end; at < n; at = end) {
         end = h->rule ? piece_end(e, at) : n;
         uint64_t whole = h->flags & TAKES_WHOLE ? find_token(e->tokenizer, text + at, end - at) : 0;
@@ -2410,7 +2400,7 @@ static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t 
             join_run(out, e, text + from, at - from);
         }
     }
-    free(composed.at);
+    free(composed.at), free(e->class);
 }
 
 // The longest user-defined token that the text begins with, NULL if there is none.
@@ -2441,10 +2431,8 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
         encode_section(out, &e, from, (size_t)(p - from));
         if (token) push(out, (int)(token - t->token)), p += token->n;
     }
-    free(e.class), free(e.symbol), free(e.best), free(spaced);
+    free(e.symbol), free(e.best), free(spaced);
 }
-
-// ---- Decoding
 
 // Ids go in one by one, bytes come out once they are a character or can never be one: until then
 // they are held.
