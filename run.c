@@ -1965,9 +1965,8 @@ enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };  // types of 
 // 1 << class of a character: 0 to 3 are in the file
 enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32, END = 64 };
 enum {
-    UNICODE = 0x110000,          // codes end here; behind them, for bytes outside any character:
-    CUT_SHORT = UNICODE + 256,   // those with which one may begin; before: the others
-    CODES = CUT_SHORT + 256,
+    UNICODE = 0x110000,          // codes end here; behind are those of bytes in no character
+    CUT_SHORT = UNICODE + 256, CODES = CUT_SHORT + 256,
     SYLLABLES = 19 * 21 * 28,    // of Hangul: leading, vowel and trailing letters or none
     DEEPEST_COMPOSITION = 8,     // Unicode needs 3
     MOST_MARKS = 255,            // a mark moves over; Unicode's Stream-Safe Text has 30 in a row
@@ -2067,9 +2066,8 @@ static uint64_t find_token(const Tokenizer *t, const uint8_t *bytes, size_t n) {
     return found && spells(t->token[(uint32_t)found], bytes, n) ? found : 0;
 }
 
-// The code at *at, which moves on. A byte with which no character begins is UNICODE + byte; one
-// with which one may, if more than the bytes up to `end` followed, CUT_SHORT + byte. (The Unicode
-// Standard, table 3-7.)
+// The code at *at, which moves on; of a byte outside any character UNICODE + byte, or CUT_SHORT +
+// byte if all up to `end` may begin one. (The Unicode Standard, table 3-7.)
 static uint32_t next_code(const uint8_t **at, const uint8_t *end) {
     const uint8_t *p = *at, first = *p++;
     uint8_t least = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;  // of the second byte
@@ -2165,8 +2163,8 @@ static void read_merges(Tokenizer *t, const uint32_t *row) {
         Token a = piece(t, (int)row[0]), b = piece(t, (int)row[1]), both = piece(t, (int)row[2]);
         if (!a.n || !b.n || both.n != a.n + b.n || memcmp(both.at, a.at, a.n)
             || memcmp(both.at + a.n, b.at, b.n))
-            die("%s: merge %u is %u and %u to %u, which has not the bytes of both", t->file.path, i,
-                row[0], row[1], row[2]);
+            die("%s: merge %u joins tokens %u and %u to %u, which has not the bytes of both",
+                t->file.path, i, row[0], row[1], row[2]);
         enter(t, pair(row[0], row[1]), pair(i + 1, row[2]));
     }
 }
@@ -2377,15 +2375,14 @@ static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
 }
 
 // Text between user-defined tokens. A piece falls into runs wherever two bytes meet that stand
-// together in no token: nothing is joined across, so the ids are the same, and the work on a word
-// stays in the first cache.
+// together in no token: nothing is joined across, and a run stays in the first cache.
 static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t n) {
     const TokenizerHeader *h = &e->tokenizer->header;
     Bytes composed = {0};
-    bool combines = false;  // which only U+0300 and what lies behind does
-    for (size_t i = 0; h->flags & NFC && i < n && !combines; i++) combines = text[i] >= 0xCC;
-    if (combines) composed = compose(e->tokenizer, text, n);
-    if (combines) text = (uint8_t *)composed.at, n = composed.n;
+    size_t plain = h->flags & NFC ? 0 : n;
+    while (plain < n && text[plain] < 0xCC) plain++;  // nothing below U+0300 combines
+    if (plain < n) composed = compose(e->tokenizer, text, n);
+    if (composed.n) text = (uint8_t *)composed.at, n = composed.n;
     if (n >= UINT32_MAX) die("a text of %zu bytes is too long", n);  // symbols count the bytes
     e->text = text, e->size = n, e->class = NEW(uint8_t, n + 1);
     e->class[n] = END;
