@@ -2151,9 +2151,8 @@ static void read_tokens(Tokenizer *t, size_t at, bool own) {
         if (t->token[id].type == BYTE) enter(t, hash(no_bytes, t->token[id].at, 1), pair(1, id));
     for (int b = 0; b < 256; b++) {
         uint64_t found = find_token(t, &(uint8_t){(uint8_t)b}, 1);
-        t->byte_token[b] = found ? (int)found : NONE;
-        if (!found && t->header.kind == SENTENCEPIECE)  // byte-level text rarely needs all
-            die("%s: no token for byte %d", f->path, b);
+        t->byte_token[b] = found ? (int)found : NONE;  // byte-level text rarely needs all
+        if (!found && t->header.kind == SENTENCEPIECE) die("%s: no token for byte %d", f->path, b);
     }
 }
 
@@ -2185,11 +2184,11 @@ static uint8_t *read_runs(const File *f, const uint32_t *row, uint32_t rows, int
 // The rows of the file, and Hangul, which it leaves out.
 static void read_compositions(Tokenizer *t, const uint32_t *row) {
     const uint32_t n = t->header.n_compositions, never = 1u << 31;  // these are not composed
-    for (uint32_t i = 0; i < n + SYLLABLES; i++, row += 3) {
+    for (uint32_t i = 0; i < n + SYLLABLES; i++) {
         uint32_t s = i - n, last = s % 28, whole = 0xAC00 + s;
         uint32_t hangul[] = {whole, last ? whole - last : 0x1100 + s / 588,
                              last ? 0x11A7 + last : 0x1161 + s / 28 % 21};
-        const uint32_t *r = i < n ? row : hangul;
+        const uint32_t *r = i < n ? row + 3 * (size_t)i : hangul;
         uint32_t codes[] = {r[0] & ~never, r[1], r[2]};
         for (int k = 0; k < 3; k++) check(&t->file, "code of a pair", codes[k], 0, UNICODE - 1);
         enter(t, pair(APART | codes[0], 0), pair(codes[1], codes[2]));
@@ -2212,8 +2211,8 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
     size_t compositions = marks + 2 * (size_t)h->n_marks;
     size_t tokens = start + 4 * (compositions + 3 * (size_t)h->n_compositions);
     check(f, "number of bytes in front of the tokens", (double)tokens, 0, (double)f->size);
-    size_t wanted = h->n_tokens + 2 * ((size_t)h->n_merges + h->n_compositions + SYLLABLES);
-    while (t.mask < wanted + wanted / 2) t.mask += t.mask + 1;
+    size_t pairs = (size_t)h->n_merges + h->n_compositions + (h->flags & NFC ? SYLLABLES : 0);
+    while (t.mask < 3 * pairs + 2 * (size_t)h->n_tokens) t.mask += t.mask + 1;  // 2/3 full or less
     t.entry = NEW(struct Entry, t.mask + 1);
     const uint32_t *rows = (const void *)(f->at + start);
     read_tokens(&t, tokens, own);
