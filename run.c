@@ -2240,8 +2240,9 @@ static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth)
     if (parts) decompose(out, t, (uint32_t)(parts >> 32), depth - 1);
     if (parts && !(code = (uint32_t)parts)) return;
     push(out, (int)code);
+    if (t->mark[code] == 0) return;
     int *c = out->at + out->n - 1, *end = out->n > MOST_MARKS ? c - MOST_MARKS : out->at;
-    for (; c > end && t->mark[code] && t->mark[c[-1]] > t->mark[code]; c--) *c = c[-1];
+    for (; c > end && t->mark[c[-1]] > t->mark[code]; c--) *c = c[-1];
     *c = (int)code;
 }
 
@@ -2255,8 +2256,7 @@ static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
     size_t starter = 0, kept = 0;
     for (size_t i = 0; i < codes.n; i++) {
         int code = codes.at[i], class = t->mark[code], whole = 0;
-        bool meets = kept > 0 && (kept == starter + 1 || t->mark[codes.at[kept - 1]] < class);
-        if (meets && code >= 0x300)  // below nothing combines
+        if (code >= 0x300 && kept && (kept == starter + 1 || t->mark[codes.at[kept - 1]] < class))
             whole = (int)find(t, pair(TOGETHER | (uint32_t)codes.at[starter], (uint32_t)code));
         if (!whole && class == 0) starter = kept;
         codes.at[whole ? starter : kept++] = whole ? whole : code;
