@@ -1876,15 +1876,15 @@ enum { ADDS_BOS = 1, DUMMY_PREFIX = 2, TAKES_WHOLE = 4, NFC = 8 };  // flags
 enum { NO_RULE, LLAMA3_RULE, QWEN2_RULE, GPT2_RULE, SMOLLM_RULE };  // for cutting text
 enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };  // types of tokens
 // 1 << class of a character: 0 to 3 are in the file
-enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32 };
+enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32, END = 64 };
 enum {
-    UNICODE = 0x110000,         // codes end here; behind them
-    CODES = UNICODE + 256,      // bytes outside any character have one each
-    DEEPEST_COMPOSITION = 8,    // Unicode needs 3
-    LONGEST_USER_DEFINED = 255,
-    MOST_ENDS = 16,
-    MOST_MARKS = 255,           // a mark moves over; Unicode's Stream-Safe Text has 30 in a row
-    MOST_PROBES = 512,          // so no file makes a lookup slow; honest ones need fewer than 100
+    UNICODE = 0x110000,          // codes end here; behind are those of bytes in no character
+    CUT_SHORT = UNICODE + 256, CODES = CUT_SHORT + 256,
+    SYLLABLES = 19 * 21 * 28,    // of Hangul: leading, vowel and trailing letters or none
+    DEEPEST_COMPOSITION = 8,     // Unicode needs 3
+    MOST_MARKS = 255,            // a mark moves over; Unicode's Stream-Safe Text has 30 in a row
+    MOST_PROBES = 512,           // so no file makes a lookup slow; honest ones need fewer than 100
+    NONE = INT_MAX, MOST_ENDS = 16, LONGEST_USER_DEFINED = 255,  // NONE: no token
 };
 
 // How the file begins. Merges (left, right, joined), classes and marks (first code, value) and
@@ -1892,21 +1892,22 @@ enum {
 typedef struct {
     char magic[8];
     uint32_t version, kind, n_tokens, flags, rule, chat;
-    int32_t bos, unknown;     // ids, -1: none
+    int32_t bos, unknown;  // ids, -1: none
     uint32_t n_ends;
-    int32_t ends[MOST_ENDS];  // ids that end a text
+    int32_t ends[MOST_ENDS];
     uint32_t n_merges, n_classes, n_marks, n_compositions;
     uint8_t zero[124];
-    uint64_t size;            // of the file
+    uint64_t size;  // of the file
 } TokenizerHeader;
 
 // n bytes, not a C string; those of llama2.c's <0xHH> are `byte`.
-typedef struct { const char *at; uint32_t n, type; char byte; } Token;
+typedef struct { const char *at; size_t n; uint32_t type; char byte; } Token;
 
 typedef struct {
     File file;                  // stays mapped: the bytes of tokens are used where they lie
     TokenizerHeader header;
     Token *token;               // (n_tokens)
+    int byte_token[256];        // what a byte alone becomes, or NONE
     struct Entry { uint64_t key, value; } *entry;  // (mask + 1) a hash table; value 0: free
     size_t mask;
     uint8_t *class, *mark;      // (CODES) for the rules; canonical combining classes, for NFC
@@ -1916,8 +1917,7 @@ typedef struct {
 
 // What an id stands for: no bytes for what is never text.
 static Token piece(const Tokenizer *t, int id) {
-    Token k = {.at = ""};
-    if (id >= 0 && (uint32_t)id < t->header.n_tokens) k = t->token[id];
+    Token k = (uint32_t)id < t->header.n_tokens ? t->token[id] : (Token){.at = ""};
     if (k.type == CONTROL || k.type == UNKNOWN) k.n = 0;
     return k;
 }
@@ -1929,34 +1929,28 @@ static bool ends_text(const Tokenizer *t, int id) {
     return ends;
 }
 
-// memcmp would take longer for so few.
-static bool spells(const Token *k, const char *bytes, size_t n) {
-    size_t same = 0;
-    while (k->n == n && same < n && k->at[same] == bytes[same]) same++;
-    return k->n == n && same == n;
-}
+static bool spells(Token k, const void *p, size_t n) { return k.n == n && !memcmp(k.at, p, n); }
 
 // The id of the control token with this name, -1 if there is none.
 static int find_control(const Tokenizer *t, const char *name, size_t n) {
     int id = (int)t->header.n_tokens - 1;
-    while (id >= 0 && !(t->token[id].type == CONTROL && spells(&t->token[id], name, n))) id--;
+    while (id >= 0 && !(t->token[id].type == CONTROL && spells(t->token[id], name, n))) id--;
     return id;
 }
 
 // What is looked up, by key: for
-//     bytes of a token      priority, id     the smallest priority is joined first
+//     hash of a token       priority, id     the smallest priority is joined first
 //     left, right token     priority, joined
 //     APART | code, 0       first, second character
 //     TOGETHER | first, second the character
 enum { TOGETHER = 1 << 24, APART = 1 << 25 };  // above any id and code
-
+static const uint64_t no_bytes = 0xCBF29CE484222325;  // the hash of
 static uint64_t pair(uint32_t first, uint32_t second) { return (uint64_t)first << 32 | second; }
 
-// FNV-1a; the upper bit tells it from the other keys.
-static uint64_t key_of(const void *bytes, size_t n) {
-    uint64_t h = 0xCBF29CE484222325;
-    for (const uint8_t *p = bytes; n > 0; n--) h = (h ^ *p++) * 0x100000001B3;
-    return h | 1ull << 63;
+// FNV-1a of bytes that follow those of hash h; the upper bit tells it from the other keys.
+static uint64_t hash(uint64_t h, const void *bytes, size_t n) {
+    for (const uint8_t *p = bytes; n > 0; n--) h = (h ^ *p++) * 0x100000001B3 | 1ull << 63;
+    return h;
 }
 
 // The entry of a key, or the free one where it belongs.
@@ -1981,34 +1975,26 @@ static void enter(Tokenizer *t, uint64_t key, uint64_t value) {
 
 // Priority and id of the token that text of these bytes can become, 0 if there is none.
 static uint64_t find_token(const Tokenizer *t, const uint8_t *bytes, size_t n) {
-    uint64_t found = find(t, key_of(bytes, n));
-    return found && spells(&t->token[(uint32_t)found], (const char *)bytes, n) ? found : 0;
+    uint64_t found = find(t, hash(no_bytes, bytes, n));
+    return found && spells(t->token[(uint32_t)found], bytes, n) ? found : 0;
 }
 
-enum { BROKEN = 0, CUT_SHORT = -1 };  // what is no character
-
-// How many bytes the character at p takes, n > 0 being there; BROKEN when there is none, CUT_SHORT
-// when all n bytes could begin one: then the code is the byte's. (The Unicode Standard, table 3-7.)
-static int utf8(uint32_t *code, const uint8_t *p, size_t n) {
-    uint8_t least = *p == 0xE0 ? 0xA0 : *p == 0xF0 ? 0x90 : 0x80;  // of the second byte
-    uint8_t most = *p == 0xED ? 0x9F : *p == 0xF4 ? 0x8F : 0xBF;
-    int length = *p < 0x80 ? 1 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4;
-    uint32_t bits = length == 1 ? *p : *p & (0x7F >> length);
-    *code = (uint32_t)UNICODE + *p;
-    if ((*p >= 0x80 && *p < 0xC2) || *p > 0xF4) return BROKEN;
-    for (int i = 1; i < length; i++, least = 0x80, most = 0xBF) {
-        if ((size_t)i == n) return CUT_SHORT;
-        if (p[i] < least || p[i] > most) return BROKEN;
-        bits = bits << 6 | (p[i] & 0x3F);
+// The code at *at, which moves on; of a byte outside any character UNICODE + byte, or CUT_SHORT +
+// byte if all up to `end` may begin one. (The Unicode Standard, table 3-7.)
+static uint32_t next_code(const uint8_t **at, const uint8_t *end) {
+    const uint8_t *p = *at, first = *p++;
+    uint8_t least = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;  // of the second byte
+    uint8_t most = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
+    int more = first < 0x80 ? 0 : first < 0xE0 ? 1 : first < 0xF0 ? 2 : 3;
+    uint32_t code = more ? first & (0x3F >> more) : first;
+    *at = p;
+    if ((first >= 0x80 && first < 0xC2) || first > 0xF4) return UNICODE + first;
+    for (; more > 0; more--, least = 0x80, most = 0xBF) {
+        if (p == end) return CUT_SHORT + first;
+        if (*p < least || *p > most) return UNICODE + first;
+        code = code << 6 | (*p++ & 0x3F);
     }
-    *code = bits;
-    return length;
-}
-
-// The code at *p, which moves on.
-static uint32_t next_code(const uint8_t **p, const uint8_t *end) {
-    uint32_t code;
-    *p += most(1, utf8(&code, *p, (size_t)(end - *p)));
+    *at = p;
     return code;
 }
 
@@ -2016,22 +2002,21 @@ static void append_code(Bytes *out, uint32_t code) {
     size_t n = code < 0x80 || code >= UNICODE ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     char c[4];
     for (size_t i = n; i-- > 1; code >>= 6) c[i] = (char)(0x80 | (code & 0x3F));
-    c[0] = (char)(n > 1 ? 0xF00 >> n | code : code & 0xFF);  // the low byte of UNICODE is 0
+    c[0] = (char)(n > 1 ? 0xF00 >> n | code : code);  // the low byte of UNICODE is 0
     append(out, c, n);
 }
 
 // ---- Reading the file
 
-static void check(const File *f, const char *name, int64_t value, int64_t least, int64_t most) {
+static void check(const File *f, const char *name, double value, double least, double most) {
     if (value < least || value > most)
-        die("%s: %s is %lld, not %lld to %lld", f->path, name, (long long)value, (long long)least,
-            (long long)most);
+        die("%s: %s is %.10g, not %.10g to %.10g", f->path, name, value, least, most);
 }
 
 static void check_header(const File *f, const TokenizerHeader *h, int vocab_size) {
-    int64_t last = (int64_t)h->n_tokens - 1, size = (int64_t)f->size;
+    double last = h->n_tokens - 1.0;
     check(f, "version", h->version, 1, 1);
-    check(f, "size in the header", (int64_t)h->size, size, size);
+    check(f, "size in the header", (double)h->size, (double)f->size, (double)f->size);
     check(f, "kind", h->kind, SENTENCEPIECE, BYTE_LEVEL);
     check(f, "flags", h->flags, 0, ADDS_BOS | DUMMY_PREFIX | TAKES_WHOLE | NFC);
     check(f, "split rule", h->rule, NO_RULE, h->kind == BYTE_LEVEL ? SMOLLM_RULE : NO_RULE);
@@ -2045,58 +2030,53 @@ static void check_header(const File *f, const TokenizerHeader *h, int vocab_size
     check(f, "zero of the header", !all_zero(h->zero, sizeof h->zero), 0, 0);
 }
 
-// The token at `at`: score, type (by the id in llama2.c's file, which writes bytes as <0xHH>),
-// length, bytes. Text can become it, if it is not of a special type. Returns where the next begins.
-static size_t read_token(Tokenizer *t, uint32_t id, size_t at, bool own) {
-    size_t head = own ? 12 : 8, left = t->file.size - at;
-    const uint8_t *start = t->file.at + at, *p = start + head;
-    uint32_t n = left < head ? 0 : read_u32(p - 4);
-    size_t taken = head + (own ? round_up(n, 4) : n);
-    if (left < taken)
-        die("%s: token %u of %u runs past the end; is it this model's?", t->file.path, id,
-            t->header.n_tokens);
-    float score = read_f32(start) + 0.0f;  // -0 is 0
-    Token *k = &t->token[id];
-    *k = (Token){.at = (const char *)p, .n = n};
-    k->type = own ? read_u32(start + 4) : id == 0 ? UNKNOWN : id < 3 ? CONTROL : NORMAL;
-    if (!own && id - 3 < 256 && n == 6 && memcmp(p, "<0x", 3) == 0)
-        *k = (Token){&k->byte, 1, BYTE, (char)(id - 3)};
-    if (k->type < NORMAL || k->type > BYTE || score != score || (k->n == 0) != (k->type == UNUSED)
-        || (k->type == BYTE && k->n > 1) || (k->type == USER_DEFINED && n > LONGEST_USER_DEFINED))
-        die("%s: token %u has type %u, score %g and %u bytes; wanted a type of 1 to 6, a number, "
-            "and bytes: 0 for type 5, 1 for type 6, else more, for type 4 at most %d",
-            t->file.path, id, k->type, (double)score, k->n, LONGEST_USER_DEFINED);
-    if (k->type != NORMAL && k->type != USER_DEFINED) return at + taken;
-    for (uint32_t i = 1; i < n; i++) t->joined[p[i - 1]][p[i]] = true;
-    if (k->type == USER_DEFINED && n > t->user_defined[*p]) t->user_defined[*p] = (uint8_t)n;
-    uint32_t bits = read_u32(&score), priority = bits >> 31 ? bits : ~bits & INT32_MAX;
-    enter(t, key_of(p, n), pair(priority, id));
-    return at + taken;
-}
-
+// Tokens fill the file from `at` on: score, type, length, bytes. llama2.c's leaves the type to the
+// id, and writes bytes as <0xHH>. Text can become those that are not of a special type.
 static void read_tokens(Tokenizer *t, size_t at, bool own) {
     const File *f = &t->file;
-    uint32_t count = t->header.n_tokens;
+    uint32_t count = t->header.n_tokens, head = own ? 12 : 8;
     t->token = NEW(Token, count);
-    for (uint32_t id = 0; id < count; id++) at = read_token(t, id, at, own);
-    if (at != f->size)
-        die("%s: %zu bytes follow the last of %u tokens; is it this model's?", f->path,
-            f->size - at, count);
+    for (uint32_t id = 0; id < count; id++) {
+        const uint8_t *start = f->at + at, *p = start + head;
+        size_t n = at + head > f->size ? 0 : read_u32(p - 4);
+        at += head + (own ? round_up(n, 4) : n);
+        if (at > f->size || (id + 1 == count && at != f->size))
+            die("%s: token %u of %u ends at byte %zu, the file at %zu; is it this model's?",
+                f->path, id, count, at, f->size);
+        float score = read_f32(start) + 0.0f;  // -0 is 0
+        uint32_t bits = read_u32(&score), priority = bits >> 31 ? bits : ~bits & INT32_MAX;
+        uint32_t type = own ? read_u32(start + 4) : id == 0 ? UNKNOWN : id < 3 ? CONTROL : NORMAL;
+        Token *k = &t->token[id];
+        *k = (Token){(const char *)p, n, type, 0};
+        if (!own && id - 3 < 256 && n == 6 && memcmp(p, "<0x", 3) == 0)
+            *k = (Token){&k->byte, 1, BYTE, (char)(id - 3)};
+        if (type < NORMAL || type > BYTE || score != score || (n == 0) != (type == UNUSED)
+            || (type == BYTE && n > 1) || (type == USER_DEFINED && n > LONGEST_USER_DEFINED))
+            die("%s: token %u: type %u, score %g, %zu bytes; wanted type 1 to 6, a number, and 0 "
+                "bytes for type 5, 1 for type 6, at most %d for type 4, else above 0", f->path, id,
+                type, (double)score, n, LONGEST_USER_DEFINED);
+        if (k->type != NORMAL && k->type != USER_DEFINED) continue;
+        for (size_t i = 1; i < n; i++) t->joined[p[i - 1]][p[i]] = true;
+        if (type == USER_DEFINED && n > t->user_defined[*p]) t->user_defined[*p] = (uint8_t)n;
+        enter(t, hash(no_bytes, p, n), pair(priority, id));
+    }
     for (uint32_t id = 0; id < count; id++)  // last, as other tokens of one byte go before
-        if (t->token[id].type == BYTE) enter(t, key_of(t->token[id].at, 1), pair(1, id));
-    for (int b = 0; b < 256; b++)  // byte-level text rarely needs all, and some files lack a few
-        if (t->header.kind == SENTENCEPIECE && !find_token(t, &(uint8_t){(uint8_t)b}, 1))
-            die("%s: no token for byte %d", f->path, b);
+        if (t->token[id].type == BYTE) enter(t, hash(no_bytes, t->token[id].at, 1), pair(1, id));
+    for (int b = 0; b < 256; b++) {
+        uint64_t found = find_token(t, &(uint8_t){(uint8_t)b}, 1);
+        t->byte_token[b] = found ? (int)found : NONE;  // byte-level text rarely needs all
+        if (!found && t->header.kind == SENTENCEPIECE) die("%s: no token for byte %d", f->path, b);
+    }
 }
 
 // Each row must join two tokens to the one that has the bytes of both.
 static void read_merges(Tokenizer *t, const uint32_t *row) {
     for (uint32_t i = 0; i < t->header.n_merges; i++, row += 3) {
         Token a = piece(t, (int)row[0]), b = piece(t, (int)row[1]), both = piece(t, (int)row[2]);
-        if (!a.n || !b.n || both.n != (size_t)a.n + b.n || memcmp(both.at, a.at, a.n)
+        if (!a.n || !b.n || both.n != a.n + b.n || memcmp(both.at, a.at, a.n)
             || memcmp(both.at + a.n, b.at, b.n))
-            die("%s: merge %u is %u and %u to %u, which has not the bytes of both", t->file.path, i,
-                row[0], row[1], row[2]);
+            die("%s: merge %u joins tokens %u and %u to %u, which has not the bytes of both",
+                t->file.path, i, row[0], row[1], row[2]);
         enter(t, pair(row[0], row[1]), pair(i + 1, row[2]));
     }
 }
@@ -2107,14 +2087,12 @@ static uint8_t *read_runs(const File *f, const uint32_t *row, uint32_t rows, int
     check(f, "first code of a table of characters", rows ? row[0] : UNICODE, 0, 0);
     for (uint32_t i = 0; i < rows; i++, row += 2) {
         uint32_t end = i + 1 < rows ? row[2] : UNICODE;
-        check(f, "next code of a table of characters", end, (int64_t)row[0] + 1, UNICODE);
+        check(f, "next code of a table of characters", end, row[0] + 1.0, UNICODE);
         check(f, "value in a table of characters", row[1], 0, most);
         memset(values + row[0], (int)row[1], end - row[0]);
     }
     return values;
 }
-
-enum { SYLLABLES = 19 * 21 * 28 };  // of Hangul: leading, vowel and trailing letters or none
 
 // The rows of the file, and Hangul, which it leaves out.
 static void read_compositions(Tokenizer *t, const uint32_t *row) {
@@ -2142,53 +2120,47 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
     if (own) memcpy(h, f->at, sizeof *h);
     check_header(f, h, vocab_size);
     size_t start = own ? sizeof *h : 4;  // llama2.c's longest length: not needed
-    size_t pairs = (size_t)h->n_merges + h->n_compositions;
-    size_t tokens_at = start + 12 * pairs + 8 * ((size_t)h->n_classes + h->n_marks);
-    check(f, "number of bytes in front of the tokens", (int64_t)tokens_at, 0, (int64_t)f->size);
-    size_t entries = h->n_tokens + 2 * (pairs + (h->flags & NFC ? SYLLABLES : 0));
-    while (t.mask < entries + entries / 2) t.mask += t.mask + 1;
+    size_t classes = 3 * (size_t)h->n_merges, marks = classes + 2 * (size_t)h->n_classes;
+    size_t compositions = marks + 2 * (size_t)h->n_marks;
+    size_t tokens = start + 4 * (compositions + 3 * (size_t)h->n_compositions);
+    check(f, "number of bytes in front of the tokens", (double)tokens, 0, (double)f->size);
+    size_t pairs = (size_t)h->n_merges + h->n_compositions + (h->flags & NFC ? SYLLABLES : 0);
+    while (t.mask < 3 * pairs + 2 * (size_t)h->n_tokens) t.mask += t.mask + 1;  // 2/3 full or less
     t.entry = NEW(struct Entry, t.mask + 1);
-    read_tokens(&t, tokens_at, own);
-    const uint32_t *row = (const void *)(f->at + start);
-    read_merges(&t, row);
-    row += 3 * (size_t)h->n_merges;
+    const uint32_t *rows = (const void *)(f->at + start);
+    read_tokens(&t, tokens, own);
+    read_merges(&t, rows);
     if (h->rule) {
-        t.class = read_runs(f, row, h->n_classes, 3);
+        t.class = read_runs(f, rows + classes, h->n_classes, 3);
         t.class[' '] = 4, t.class['\n'] = t.class['\r'] = 5;
     }
-    row += 2 * (size_t)h->n_classes;
     if (h->flags & NFC) {
-        t.mark = read_runs(f, row, h->n_marks, UINT8_MAX);
-        read_compositions(&t, row + 2 * (size_t)h->n_marks);
+        t.mark = read_runs(f, rows + marks, h->n_marks, UINT8_MAX);
+        read_compositions(&t, rows + compositions);
     }
     return t;
 }
 
 static void close_tokenizer(Tokenizer *t) {
-    void *blocks[] = {t->token, t->entry, t->class, t->mark};
-    for (int i = 0; i < COUNT(blocks); i++) free(blocks[i]);
+    free(t->token), free(t->entry), free(t->class), free(t->mark);
     close_file(&t->file);
 }
-
-// ---- Canonical composition, Unicode's NFC
 
 // Append the parts of a character, of which only the first has parts itself. A mark goes in front
 // of those of a higher class.
 static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth) {
     uint64_t parts = code < 0x80 || depth == 0 ? 0 : find(t, pair(APART | code, 0));
-    if (parts) {
-        decompose(out, t, (uint32_t)(parts >> 32), depth - 1);
-        if ((uint32_t)parts) decompose(out, t, (uint32_t)parts, 0);
-        return;
-    }
+    if (parts) decompose(out, t, (uint32_t)(parts >> 32), depth - 1);
+    if (parts && !(code = (uint32_t)parts)) return;
     push(out, (int)code);
+    if (t->mark[code] == 0) return;
     int *c = out->at + out->n - 1, *end = out->n > MOST_MARKS ? c - MOST_MARKS : out->at;
-    for (; c > end && t->mark[code] && t->mark[c[-1]] > t->mark[code]; c--) *c = c[-1];
+    for (; c > end && t->mark[c[-1]] > t->mark[code]; c--) *c = c[-1];
     *c = (int)code;
 }
 
-// Text as NFC has it: each starter (class 0) takes in what combines with it, unless something of
-// the same or a higher class, or of class 0, stands between.
+// Text as Unicode's NFC has it: each starter (class 0) takes in what combines with it, unless
+// something of the same or a higher class, or of class 0, stands between.
 static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
     Tokens codes = {0};
     Bytes out = {0};
@@ -2197,8 +2169,7 @@ static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
     size_t starter = 0, kept = 0;
     for (size_t i = 0; i < codes.n; i++) {
         int code = codes.at[i], class = t->mark[code], whole = 0;
-        bool meets = kept > 0 && (kept == starter + 1 || t->mark[codes.at[kept - 1]] < class);
-        if (meets && code >= 0x300)  // below nothing combines
+        if (code >= 0x300 && kept && (kept == starter + 1 || t->mark[codes.at[kept - 1]] < class))
             whole = (int)find(t, pair(TOGETHER | (uint32_t)codes.at[starter], (uint32_t)code));
         if (!whole && class == 0) starter = kept;
         codes.at[whole ? starter : kept++] = whole ? whole : code;
@@ -2210,226 +2181,183 @@ static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
 
 // ---- Encoding: cutting text into pieces, joining symbols
 
-enum { NONE = INT_MAX };  // no token
-
-typedef struct {
-    uint32_t end, previous;  // where the next symbol begins, and the one before
-    int id, both;            // its token, and that of it and the next one
-} Symbol;
+// Where the next symbol begins, and the one before; its token, and that of it and the next one.
+typedef struct { uint32_t end, previous; int id, both; } Symbol;
 
 typedef struct {
     const Tokenizer *tokenizer;
-    const uint8_t *end;  // of what stands between two user-defined tokens
-    const uint8_t *run;  // the n bytes of it that are being joined
-    size_t n;
-    Symbol *symbol;      // (n + 1) each where it begins
-    uint64_t *best;      // (2 n) a tree: the smaller order of joins of 2 i and 2 i + 1 is at i
+    const uint8_t *text, *run;  // between two user-defined tokens; n bytes of it, being joined
+    size_t size, n;
+    uint8_t *class;             // (size + 1) 1 << class of a character where it begins, else 0
+    Symbol *symbol;             // (n + 1) each where it begins
+    uint64_t *best;             // (2 n) a tree: the smaller order of joins of 2 i and 2 i + 1 at i
     size_t symbol_room, best_room;
 } Encoder;
 
-// The class of the character at p, 0 at the end of the text, and where the next character begins.
-static int class_at(const Encoder *e, const uint8_t *p, const uint8_t **next) {
-    *next = p;
-    return p < e->end ? 1 << e->tokenizer->class[next_code(next, e->end)] : 0;
-}
-
 // The end of at most `most` characters of some classes.
-static const uint8_t *skip(const Encoder *e, const uint8_t *p, int classes, int most) {
-    for (const uint8_t *next; most > 0 && class_at(e, p, &next) & classes; most--) p = next;
-    return p;
+static size_t skip(const Encoder *e, size_t at, uint32_t classes, uint32_t most) {
+    for (; most > 0 && e->class[at] & classes; most--)
+        while (!e->class[++at]) {}
+    return at;
 }
 
-// What an apostrophe draws to itself. Returns its end, or p.
-static const uint8_t *contraction_end(const Encoder *e, const uint8_t *p, bool any_case) {
-    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d", "\u017F"};
-    int known = any_case ? 8 : 7;  // U+017F is a long s, which is an s when case does not matter
-    const char *text = (const char *)p + 1;
-    for (int i = 0; i < known && *p == '\''; i++) {
-        size_t n = strlen(endings[i]);
-        if (n < (size_t)(e->end - p) && !(any_case ? strncasecmp : strncmp)(text, endings[i], n))
-            return p + 1 + n;
-    }
-    return p;
-}
-
-// White space: in the newer rules up to its last line end; else all of it at the end of the text;
-// else all but the last character, which may belong to what follows.
-static const uint8_t *white_end(const Encoder *e, const uint8_t *p, uint32_t rule) {
-    const uint8_t *end = p, *last = p, *next, *line_end = NULL;
-    int class;
-    for (; (class = class_at(e, end, &next)) & (WHITE | SPACE | LINE_END); last = end, end = next)
-        if (class == LINE_END) line_end = next;
-    if (line_end && rule <= QWEN2_RULE) return line_end;
-    bool over = !class || (class == NUMBER && rule == SMOLLM_RULE);
-    return over || last == p ? end : last;
-}
-
-// The end of the piece that begins at p. The rules:
+// The end of the piece that begins at `at`: of the first expression that fits. The rules:
 //     Llama 3  (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
 //              ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 //     Qwen2    the same with \p{N}
 //     GPT-2    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //     SmolLM   each \p{N} alone, then GPT-2's between them
-static const uint8_t *piece_end(const Encoder *e, const uint8_t *p) {
-    enum { ALL = INT_MAX, ANY = OTHER | WHITE | SPACE };
-    static const struct { int before, class, most, after; } parts[][3] = {  // before: at most one
+static size_t piece_end(const Encoder *e, size_t at) {
+    enum { ALL = UINT32_MAX, ANY = OTHER | WHITE | SPACE };
+    static const struct { uint32_t before, class, most, after; } parts[][3] = {  // before: 0 or 1
         [LLAMA3_RULE] = {{ANY, LETTER, ALL, 0}, {0, NUMBER, 3, 0}, {SPACE, OTHER, ALL, LINE_END}},
         [QWEN2_RULE] = {{ANY, LETTER, ALL, 0}, {0, NUMBER, 1, 0}, {SPACE, OTHER, ALL, LINE_END}},
         [GPT2_RULE] = {{SPACE, LETTER, ALL, 0}, {SPACE, NUMBER, ALL, 0}, {SPACE, OTHER, ALL, 0}},
         [SMOLLM_RULE] = {{SPACE, LETTER, ALL, 0}, {0, NUMBER, 1, 0}, {SPACE, OTHER, ALL, 0}},
     };
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d", "\u017F"};
     uint32_t rule = e->tokenizer->header.rule;
-    const uint8_t *end = contraction_end(e, p, rule <= QWEN2_RULE);
-    for (int i = 0; i < 3 && end == p; i++) {
-        const uint8_t *from = skip(e, p, parts[rule][i].before, 1);
-        end = skip(e, from, parts[rule][i].class, parts[rule][i].most);
-        end = end > from ? skip(e, end, parts[rule][i].after, ALL) : p;
+    bool newer = rule <= QWEN2_RULE;  // case does not matter, so U+017F, the long s, is an s
+    for (int i = 0; e->text[at] == '\'' && i < (newer ? 8 : 7); i++) {
+        const char *text = (const char *)e->text + at + 1;
+        size_t n = strlen(endings[i]);
+        if (n < e->size - at && !(newer ? strncasecmp : strncmp)(text, endings[i], n))
+            return at + 1 + n;
     }
-    return end > p ? end : white_end(e, p, rule);
+    for (int i = 0; i < 3; i++) {
+        size_t from = skip(e, at, parts[rule][i].before, 1);
+        size_t end = skip(e, from, parts[rule][i].class, parts[rule][i].most);
+        if (end > from) return skip(e, end, parts[rule][i].after, ALL);
+    }
+    size_t end = skip(e, at, WHITE | SPACE | LINE_END, ALL), last = end - 1;
+    for (size_t i = end; newer && i > at; i--)
+        if (e->class[i - 1] == LINE_END) return i;
+    while (!e->class[last]) last--;  // which may belong to what follows
+    bool over = e->class[end] == END || (e->class[end] == NUMBER && rule == SMOLLM_RULE);
+    return over || last == at ? end : last;
 }
 
-// Put down when a symbol is to be joined with the next one, and which join of all is now the best.
-static void set_order(Encoder *e, size_t at, uint64_t order) {
-    uint64_t *best = e->best;
-    best[at += e->n] = order;
-    for (; at > 1; at /= 2) best[at / 2] = best[at] < best[at ^ 1] ? best[at] : best[at ^ 1];
-}
-
-// Find out what a symbol and the next one become.
+// Find out what a symbol and the next one become, put down when, and which join of all is the best.
 static void consider(Encoder *e, uint32_t at) {
     const Tokenizer *t = e->tokenizer;
-    Symbol *s = &e->symbol[at];
-    uint64_t both = 0;
-    if (s->end < e->n && t->header.n_merges)
-        both = find(t, pair((uint32_t)s->id, (uint32_t)e->symbol[s->end].id));
-    else if (s->end < e->n)
-        both = find_token(t, e->run + at, e->symbol[s->end].end - at);
-    s->both = (int)both;
-    set_order(e, at, both ? pair((uint32_t)(both >> 32), at) : UINT64_MAX);
-}
-
-// The symbol at `at`: a character or a byte. Merges join nothing but tokens, so with them a
-// character that is none falls into bytes at once.
-static Symbol new_symbol(const Encoder *e, uint32_t at, uint32_t previous) {
-    const Tokenizer *t = e->tokenizer;
-    uint32_t code, length = 1;
-    if (t->header.kind == SENTENCEPIECE)
-        length = (uint32_t)most(1, utf8(&code, e->run + at, e->n - at));
-    uint64_t found = find_token(t, e->run + at, length);
-    if (!found && length > 1 && t->header.n_merges)
-        found = find_token(t, e->run + at, length = 1);
-    return (Symbol){at + length, previous, found ? (int)found : NONE, NONE};
+    Symbol *s = &e->symbol[at], *next = &e->symbol[s->end];
+    uint64_t found = 0, *best = e->best;
+    if (s->end < e->n)
+        found = t->header.n_merges ? find(t, pair((uint32_t)s->id, (uint32_t)next->id))
+                                   : find_token(t, e->run + at, next->end - at);
+    s->both = (int)found;
+    size_t i = at + e->n;
+    best[i] = found ? pair((uint32_t)(found >> 32), at) : UINT64_MAX;
+    for (; i > 1; i /= 2) best[i / 2] = best[i] < best[i ^ 1] ? best[i] : best[i ^ 1];
 }
 
 // Neighbours become one token, the best pair first, of equals the leftmost. Bytes stand for what is
-// no token in the end.
+// no token in the end: with merges, which join nothing but tokens, at once.
 static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
+    const Tokenizer *t = e->tokenizer;
     grow((void **)&e->symbol, &e->symbol_room, n + 1, sizeof *e->symbol);
     grow((void **)&e->best, &e->best_room, 2 * n, sizeof *e->best);
     memset(e->best, -1, 2 * n * sizeof *e->best);
     e->run = run, e->n = n;
     Symbol *s = e->symbol;
     for (uint32_t at = 0, last = 0; at < n; last = at, at = s[at].end) {
-        s[at] = new_symbol(e, at, last);
+        const uint8_t *p = run + at, *next = p;
+        uint64_t found = 0;
+        if (t->header.kind == SENTENCEPIECE) next_code(&next, run + n);
+        if (next > p + 1) found = find_token(t, p, (size_t)(next - p));
+        bool byte = next <= p + 1 || (!found && t->header.n_merges);
+        int id = found ? (int)found : byte ? t->byte_token[*p] : NONE;
+        s[at] = (Symbol){byte ? at + 1 : (uint32_t)(next - run), last, id, NONE};
         if (at > 0) consider(e, last);
     }
     while (e->best[1] != UINT64_MAX) {
-        uint32_t left = (uint32_t)e->best[1], right = s[left].end;
-        s[left].id = s[left].both, s[left].end = s[right].end;
-        s[s[right].end].previous = left;
-        set_order(e, right, UINT64_MAX);
+        uint32_t left = (uint32_t)e->best[1], right = s[left].end, end = s[right].end;
+        s[left].id = s[left].both, s[left].end = end;
+        s[end].previous = left;
+        s[right].end = (uint32_t)n;  // so it is joined no more
+        consider(e, right);
         if (left > 0) consider(e, s[left].previous);
         consider(e, left);
     }
     for (uint32_t at = 0, i = 0; at < n; i = at = s[at].end) {
         if (s[at].id != NONE) push(out, s[at].id);
-        for (uint64_t found; s[at].id == NONE && i < s[at].end; i++)
-            if ((found = find_token(e->tokenizer, run + i, 1))) push(out, (int)found);
+        for (; s[at].id == NONE && i < s[at].end; i++)
+            if (t->byte_token[run[i]] != NONE) push(out, t->byte_token[run[i]]);
     }
 }
 
 // Text between user-defined tokens. A piece falls into runs wherever two bytes meet that stand
-// together in no token: nothing is joined across, so the ids are the same, and the work on a word
-// stays in the first cache.
+// together in no token: nothing is joined across, and a run stays in the first cache.
 static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t n) {
-    const Tokenizer *t = e->tokenizer;
+    const TokenizerHeader *h = &e->tokenizer->header;
     Bytes composed = {0};
-    if (t->header.flags & NFC && n) {
-        composed = compose(t, text, n);
-        text = (uint8_t *)composed.at, n = composed.n;
-    }
-    e->end = text + n;
-    for (const uint8_t *p = text, *end; p < e->end; p = end) {
-        end = t->header.rule ? piece_end(e, p) : e->end;
-        uint64_t whole = t->header.flags & TAKES_WHOLE ? find_token(t, p, (size_t)(end - p)) : 0;
+    size_t plain = h->flags & NFC ? 0 : n;
+    while (plain < n && text[plain] < 0xCC) plain++;  // nothing below U+0300 combines
+    if (plain < n) composed = compose(e->tokenizer, text, n);
+    if (composed.n) text = (uint8_t *)composed.at, n = composed.n;
+    if (n >= UINT32_MAX) die("a text of %zu bytes is too long", n);  // symbols count the bytes
+    e->text = text, e->size = n, e->class = NEW(uint8_t, n + 1);
+    e->class[n] = END;
+    for (const uint8_t *p = text, *from = p; h->rule && p < text + n; from = p)
+        e->class[from - text] = (uint8_t)(1 << e->tokenizer->class[next_code(&p, text + n)]);
+    for (size_t at = 0, end; at < n; at = end) {
+        end = h->rule ? piece_end(e, at) : n;
+        uint64_t whole = h->flags & TAKES_WHOLE ? find_token(e->tokenizer, text + at, end - at) : 0;
         if (whole) push(out, (int)whole);
-        for (const uint8_t *from = p; from < end && !whole; from = p) {
-            for (p++; p < end && t->joined[p[-1]][*p]; p++) {}
-            join_run(out, e, from, (size_t)(p - from));
+        for (size_t from = at; from < end && !whole; from = at) {
+            for (at++; at < end && e->tokenizer->joined[text[at - 1]][text[at]]; at++) {}
+            join_run(out, e, text + from, at - from);
         }
     }
-    free(composed.at);
+    free(composed.at), free(e->class);
 }
 
-// The longest user-defined token that the text begins with, as find_token; 0 if there is none.
-static uint64_t find_user_defined(const Tokenizer *t, const uint8_t *text, size_t n) {
-    for (size_t k = n < t->user_defined[*text] ? n : t->user_defined[*text]; k > 0; k--) {
-        uint64_t found = find_token(t, text, k);
-        if (found && t->token[(uint32_t)found].type == USER_DEFINED) return found;
+// The longest user-defined token that the text begins with, NULL if there is none.
+static const Token *find_user_defined(const Tokenizer *t, const uint8_t *text, size_t n) {
+    const Token *longest = NULL;
+    uint64_t h = no_bytes;
+    for (size_t i = 0; i < n && i < t->user_defined[*text]; i++) {
+        const Token *k = &t->token[(uint32_t)find(t, h = hash(h, text + i, 1))];
+        if (k->type == USER_DEFINED && spells(*k, text, i + 1)) longest = k;
     }
-    return 0;
+    return longest;
 }
 
 // Append the ids of any n bytes to out: no BOS, and no control tokens, whatever the text says.
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) {
     if (n == 0) return;
-    if (n >= UINT32_MAX / 2) die("a text of %zu bytes is too long", n);  // symbols count the bytes
-    Bytes spaced = {0};  // as the vocabulary spells it: a space in front, and U+2581 is one
-    append(&spaced, " ", t->header.flags & DUMMY_PREFIX ? 1 : 0);
-    const char *end = text + n, *sign = NULL;
-    for (; text < end; text = sign ? sign + 3 : end) {
-        if (t->header.kind == SENTENCEPIECE) sign = memmem(text, (size_t)(end - text), "\u2581", 3);
-        append(&spaced, text, (size_t)((sign ? sign : end) - text));
-        append(&spaced, " ", sign ? 1 : 0);
+    uint8_t *spaced = NEW(uint8_t, n + 1), *last = spaced;
+    if (t->header.flags & DUMMY_PREFIX) *last++ = ' ';
+    for (const char *end = text + n; text < end; last++) {  // U+2581 is the vocabulary's space
+        bool sign = t->header.kind == SENTENCEPIECE && end - text > 2 && !memcmp(text, "\u2581", 3);
+        *last = sign ? ' ' : (uint8_t)*text;
+        text += sign ? 3 : 1;
     }
     Encoder e = {.tokenizer = t};
-    const uint8_t *p = (const uint8_t *)spaced.at, *last = p + spaced.n;
-    for (const uint8_t *from = p; from < last; from = p) {
-        uint64_t found = 0;
-        while (p < last && !(found = find_user_defined(t, p, (size_t)(last - p)))) p++;
+    const Token *token;
+    for (const uint8_t *p = spaced, *from = p; p < last; from = p) {
+        for (token = NULL; p < last && !(token = find_user_defined(t, p, (size_t)(last - p)));) p++;
         encode_section(out, &e, from, (size_t)(p - from));
-        if (found) push(out, (int)found);
-        if (found) p += t->token[(uint32_t)found].n;
+        if (token) push(out, (int)(token - t->token)), p += token->n;
     }
-    free(e.symbol);
-    free(e.best);
-    free(spaced.at);
+    free(e.symbol), free(e.best), free(spaced);
 }
 
-// ---- Decoding
-
-// Ids go in one by one, bytes come out once they are a character or can never be one.
-typedef struct {
-    const Tokenizer *tokenizer;
-    uint8_t held[4];  // what may be the beginning of a character
-    size_t n_held;
-    bool begun;
-} Decoder;
+// Ids go in one by one, bytes come out once they are a character or can never be one: until then
+// they are held.
+typedef struct { const Tokenizer *tokenizer; uint8_t held[4]; size_t n_held; bool begun; } Decoder;
 
 static void decode(Bytes *out, Decoder *d, int id) {
     Token k = piece(d->tokenizer, id);
     bool prefix = !d->begun && d->tokenizer->header.flags & DUMMY_PREFIX && k.n && *k.at == ' ';
     d->begun |= k.n > 0;
-    uint32_t code;
     for (size_t i = prefix; i < k.n; i++) {
         d->held[d->n_held++] = (uint8_t)k.at[i];
-        int n;
-        while (d->n_held && (n = utf8(&code, d->held, d->n_held)) != CUT_SHORT) {
-            n += n == BROKEN;  // its first byte is in no character
-            append(out, (char *)d->held, (size_t)n);
-            d->n_held -= (size_t)n;
-            memmove(d->held, d->held + n, d->n_held);
-        }
+        const uint8_t *from = d->held, *p = from, *end = p + d->n_held;
+        while (p < end && next_code(&p, end) < CUT_SHORT) from = p;
+        append(out, (char *)d->held, (size_t)(from - d->held));
+        d->n_held = (size_t)(end - from);
+        memmove(d->held, from, d->n_held);
     }
 }
 
