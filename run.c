@@ -1,11 +1,9 @@
-/* run.c - LLaMA-02: Llama 2 inference in one C file.
- *   make && ./run model.bin -i "Once upon a time"
+/* run.c - LLaMA-02: Llama 2 inference in one C file. make && ./run model.bin -i "Once upon a time"
  *
  * The architecture is that of Touvron et al., "Llama 2: Open Foundation and Fine-Tuned Chat Models"
  * (2023): RMSNorm, rotary position embedding, attention with grouped key/value heads, SwiGLU. A
  * checkpoint is mapped into memory and never copied; a prompt goes through in batches; text leaves
  * through a BPE tokenizer as soon as it is a whole character. `./run -h` lists options.
- *
  * Rooms, in reading order: 1 foundation, 2 the model, 3 the checkpoint, 4 threads, 5 vectors,
  * 6 weights (matmul), 7 attention, 8 the transformer (forward, logits), 9 the tokenizer,
  * 10 the sampler (pick), 11 a session (feed, reply), 12 the modes, 13 the command line.
@@ -167,9 +165,7 @@ static Bytes read_text(const char *path) {
 // and elsewhere the name `part`, PATH.part. Devices and pipes keep their name: `part` is NULL.
 typedef struct { FILE *file; const char *path; char *part; } Output;
 
-static void fail_output(const Output *o) {
-    die("%s: cannot be written: %s", o->path, strerror(errno));
-}
+static void fail_output(const Output *o) { die("%s: not written: %s", o->path, strerror(errno)); }
 
 #ifndef O_TMPFILE
 #define O_TMPFILE O_DIRECTORY  // which cannot be opened to write
@@ -454,34 +450,26 @@ static size_t take_llama2c(Model *m, uint32_t version) {
     return at + tables;
 }
 
-// What people try that is something else.
-static void refuse_strangers(const File *f) {
-    static const char *const strangers[][2] = {
-        {"GGUF", "a GGUF file"},
-        {"PK\3\4", "a zip archive, as PyTorch writes"},
-        {"ak42", "byte-swapped, written on a big-endian machine"},
-        {"24ka\2", "llama2.c's int8 (version 2; export 0 or 1, and use -m quantize)"},
-        {"LLAMA02T", "a tokenizer"},
-    };
-    for (int i = 0; i < COUNT(strangers); i++)
-        if (memcmp(f->at, strangers[i][0], strlen(strangers[i][0])) == 0)
-            die("%s: this is %s, not a checkpoint; export.py writes one from a model's folder",
-                f->path, strangers[i][1]);
-}
-
 // Map the file, read whichever header it has, point every tensor into it. Dies, naming file and
 // field, unless the numbers are sane and the file has exactly the bytes that they want, by which
 // alone llama2.c's version 0 is known.
 static Model open_model(const char *path) {
+    static const char *const strangers[][2] = {
+        {"GGUF", "a GGUF file"}, {"PK\3\4", "a zip archive, as PyTorch writes"},
+        {"LLAMA02T", "a tokenizer"}, {"ak42", "byte-swapped, written on a big-endian machine"},
+        {"24ka\2", "llama2.c's int8 (version 2; export 0 or 1, and use -m quantize)"}};
     Model m = {.file = open_file(path, "checkpoint (header: llama2.c, version 0)")};
     File *f = &m.file;  // a page at least is mapped, with zeros behind the end of the file
-    refuse_strangers(f);
+    const Header *h = (const void *)f->at;
+    for (int i = 0; i < COUNT(strangers); i++)
+        if (memcmp(f->at, strangers[i][0], strlen(strangers[i][0])) == 0)
+            die("%s: this is %s, not a checkpoint; export.py writes one from a model's folder",
+                path, strangers[i][1]);
     bool ours = memcmp(f->at, MAGIC, sizeof MAGIC) == 0;
     bool marked = ours || memcmp(f->at, "24ka", 4) == 0;
     if (marked) f->kind = ours ? "checkpoint (header: LLaMA-02, version 1)"
                                : "checkpoint (header: llama2.c, version 1)";
     if (marked) check(f, "version", read_u32(f->at + (ours ? 8 : 4)), 1, 1);
-    const Header *h = (const void *)f->at;
     if (ours) check_size(f, h->size);
     if (ours) check(f, "zero in bytes 84 to 247", !all_zero(h->zero, sizeof h->zero), 0, 0);
     m.config = ours ? h->config : read_llama2c_config(f, marked);
@@ -494,10 +482,7 @@ static Model open_model(const char *path) {
     return m;
 }
 
-static void close_model(Model *m) {
-    free(m->layers);
-    close_file(&m->file);
-}
+static void close_model(Model *m) { free(m->layers), close_file(&m->file); }
 
 // ------------------------------------------------------------------------------------------------
 // 4. Threads: one verb, parallel
@@ -3379,15 +3364,13 @@ static void print_page(bool usage) {
 }
 
 // The number that a word is to its very end, within the option's bounds.
-static double parse_number(const struct Option *option, const char *word) {
+static double parse_number(const struct Option *o, const char *word) {
     char *end;
-    bool whole = *option->value == 'N';
+    bool whole = *o->value == 'N', spaced = isspace((unsigned char)*word);
     double v = whole ? (double)strtoll(word, &end, 10) : (double)strtof(word, &end);
-    if (end == word || *end || isspace((unsigned char)*word)
-        || !(v >= option->least && v <= option->most))
-        misuse("-%c wants a %snumber of %.10g to %.10g, not '%s'", option->letter,
-               whole ? "whole " : "", option->least, option->most, word);
-    return v;
+    if (end > word && !*end && !spaced && v >= o->least && v <= o->most) return v;
+    misuse("-%c wants a %snumber of %.10g to %.10g, not '%s'", o->letter, whole ? "whole " : "",
+           o->least, o->most, word);
 }
 
 static Options parse_options(int argc, char **argv) {
