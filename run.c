@@ -60,7 +60,6 @@ static void quit(int status, const char *format, ...) {
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     for (char *c = line; *c; c++) *c = iscntrl((unsigned char)*c) ? '?' : *c;
-    fflush(stdout);
     fprintf(stderr, "run: %s\n", line);
     exit(status);
 }
@@ -72,6 +71,7 @@ static int most(int a, int b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 static uint32_t read_u32(const void *p) { uint32_t v; memcpy(&v, p, sizeof v); return v; }
 static float    read_f32(const void *p) { float v;    memcpy(&v, p, sizeof v); return v; }
+static bool all_zero(const uint8_t *p, size_t n) { return !*p && !memcmp(p, p + 1, n - 1); }
 
 static void *checked(void *p, size_t n, size_t size) {
     if (!p) die("no memory for %zu times %zu bytes", n, size);
@@ -104,26 +104,24 @@ static void push(Tokens *t, int id) {
 }
 
 // Many arrays of one lifetime, dealt out from one block that the system fills with zeros page by
-// page as it is touched. A first round with `at` NULL adds up the size, at least TOO_MUCH if it is.
-typedef struct { char *at; size_t used, size; } Arena;
-static const size_t TOO_MUCH = SIZE_MAX / 4;
+// page as it is touched. A first round with `at` NULL adds up the bytes, of which no number is too
+// large for a double; `advice` says what would make it smaller.
+typedef struct { char *at; double used; } Arena;
 
 static void *deal(Arena *a, size_t n, size_t size) {
-    void *p = a->at ? a->at + a->used : NULL;
-    bool fits = a->used < TOO_MUCH && n <= TOO_MUCH / size;
-    a->used = fits ? a->used + round_up(n * size, 64) : TOO_MUCH;
+    void *p = a->at ? a->at + (size_t)a->used : NULL;
+    a->used += 64 * ceil((double)n * (double)size / 64);
     return p;
 }
 #define DEAL(arena, type, n) ((type *)deal((arena), (n), sizeof(type)))
 
-// The block for what a first round added up. `advice` says what would make it smaller.
-static Arena open_arena(size_t size, const char *advice) {
-    void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-    if (at == MAP_FAILED) die("no memory: %.0f MB wanted; %s", (double)size / 1e6, advice);
-    return (Arena){at, 0, size};
+static Arena open_arena(double size, const char *advice) {
+    void *at = mmap(NULL, (size_t)fmin(size, 1e18), PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (at == MAP_FAILED) die("no memory: %.0f MB wanted; %s", size / 1e6, advice);
+    return (Arena){at, 0};
 }
-
-static void close_arena(Arena *a) { munmap(a->at, a->size); }
+static void close_arena(Arena *a) { munmap(a->at, (size_t)a->used); }
 
 // A file mapped read-only, and what kind of file it is taken for.
 typedef struct { const char *path; const uint8_t *at; size_t size; const char *kind; } File;
@@ -138,7 +136,6 @@ static File open_file(const char *path, const char *kind) {
     close(fd);
     return (File){path, at, (size_t)st.st_size, kind};
 }
-
 static void close_file(const File *f) { munmap((void *)(uintptr_t)f->at, f->size); }
 
 static void check(const File *f, const char *name, double value, double least, double most) {
@@ -146,8 +143,6 @@ static void check(const File *f, const char *name, double value, double least, d
         die("%s: not a %s: its %s is %.10g, not %.10g to %.10g", f->path, f->kind, name, value,
             least, most);
 }
-
-static bool all_zero(const uint8_t *p, size_t n) { return !*p && !memcmp(p, p + 1, n - 1); }
 
 // All of a file, or of standard input for "-".
 static Bytes read_text(const char *path) {
@@ -1661,7 +1656,7 @@ static int default_batch(const Config *c) {
 }
 
 // Bytes that a state of this size may come to touch.
-static size_t state_bytes(State s) {
+static double state_bytes(State s) {
     Arena a = {0};
     lay_out(&s, &a);
     return a.used;
@@ -3132,7 +3127,7 @@ static void run_info(Session *s) {
     for (int i = 1; i < COUNT(fields); i++)
         print(&s->out, "%s %.10g\n", fields[i].name, field_value(c, &fields[i]));
     print(&s->out, "weights %.1f MB\nstate %.1f MB\nthreads %d\n", (double)m->file.size / 1e6,
-          (double)state_bytes(state) / 1e6, s->pool.threads);
+          state_bytes(state) / 1e6, s->pool.threads);
     need_tokenizer(s);
     const TokenizerHeader *t = &s->tokenizer.header;
     print(&s->out, "tokenizer %s\nkind %s\ntokens %u\nbos %d\n", s->tokenizer_path,
