@@ -3,6 +3,7 @@
 # make debug      ./run-debug with address and undefined-behaviour sanitizers
 # make test       everything that tests/ promises, in under two minutes
 # make fuzz       broken input for FUZZ_SECONDS=60 in all; wants clang
+# make soak       chat and batch on random text for SOAK_SECONDS=600 each, with the sanitizers
 # make coverage   which lines of run.c the tests do not run; wants gcc
 # make clean
 
@@ -52,6 +53,9 @@ tests/fuzz: tests/fuzz.c run.c
 fuzz: run tests/fuzz
 	tests/fuzz.sh
 
+soak: run-debug
+	python3 tests/soak.py $(or $(SOAK_SECONDS),600)
+
 coverage: run-portable
 	FLAGS="$(RULES) -Wno-unused-function $(NATIVE)" python3 tests/coverage.py
 
@@ -59,6 +63,6 @@ clean:
 	rm -f run run-portable run-debug run-threads tests/unit tests/unit-debug tests/fuzz
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q;s/^# //p' Makefile
 
-.PHONY: portable debug test fuzz coverage clean help
+.PHONY: portable debug test fuzz soak coverage clean help

@@ -402,7 +402,7 @@ static void check_dot4(const uint8_t *stored, const int8_t *x, bool q8) {
     IntPart w, q, sum = (IntPart){0} + 1000;
     memcpy(&w, stored, sizeof w);
     memcpy(&q, x, sizeof q);
-    sum = dot4(sum, q8 ? byte_weights(w) : w, q);
+    sum = dot4(sum, q8 && Q8_ZERO == 0 ? w ^ (int32_t)0x80808080 : w, q);
     for (int lane = 0; lane < LANES; lane++) {
         int wanted = 1000;
         for (int i = 4 * lane; i < 4 * lane + 4; i++)
