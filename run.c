@@ -104,8 +104,8 @@ static void push(Tokens *t, int id) {
 }
 
 // Many arrays of one lifetime, dealt out from one block that the system fills with zeros page by
-// page as it is touched. A first round with `at` NULL adds up the bytes, of which no number is too
-// large for a double; `advice` says what would make it smaller.
+// page as it is touched. A first round with `at` NULL adds up the bytes, in a double as no number
+// is too large for it; `advice` says what would make them fewer.
 typedef struct { char *at; double used; } Arena;
 
 static void *deal(Arena *a, size_t n, size_t size) {
@@ -160,7 +160,10 @@ static Bytes read_text(const char *path) {
 // and elsewhere the name `part`, PATH.part. Devices and pipes keep their name: `part` is NULL.
 typedef struct { FILE *file; const char *path; char *part; } Output;
 
-static void fail_output(const Output *o) { die("%s: not written: %s", o->path, strerror(errno)); }
+static void check_output(const Output *o, bool done) {
+    if (!done) die("%s: not written: %s", o->path, strerror(errno));
+}
+#define print(o, ...) check_output(o, fprintf((o)->file, __VA_ARGS__) >= 0)
 
 #ifndef O_TMPFILE
 #define O_TMPFILE O_DIRECTORY  // which cannot be opened to write
@@ -181,40 +184,30 @@ static Output open_output(const char *path) {
         unlink(o.part);
     }
     if (named) o.file = fd >= 0 ? fdopen(fd, "wb") : fopen(o.part ? o.part : path, "wb");
-    if (!o.file) fail_output(&o);
+    check_output(&o, o.file != NULL);
     setvbuf(o.file, NULL, _IOLBF, BUFSIZ);
     return o;
 }
 
 static void write_bytes(Output *o, const void *data, size_t n) {
-    if (n && fwrite(data, 1, n, o->file) != n) fail_output(o);
-}
-
-__attribute__((format(printf, 2, 3)))
-static void print(Output *o, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    if (vfprintf(o->file, format, args) < 0) fail_output(o);
-    va_end(args);
+    check_output(o, fwrite(data, 1, n, o->file) == n);
 }
 
 static void close_output(Output *o) {
     char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fileno(o->file));
-    if (fflush(o->file) != 0
-        || (o->part && linkat(AT_FDCWD, link, AT_FDCWD, o->part, AT_SYMLINK_FOLLOW) != 0
-            && access(o->part, F_OK) != 0)
-        || (o->file != stdout && fclose(o->file) != 0)
-        || (o->part && rename(o->part, o->path) != 0))
-        fail_output(o);
+    check_output(o, fflush(o->file) == 0);
+    if (o->part && linkat(AT_FDCWD, link, AT_FDCWD, o->part, AT_SYMLINK_FOLLOW) != 0)
+        check_output(o, access(o->part, F_OK) == 0);
+    check_output(o, o->file == stdout || fclose(o->file) == 0);
+    check_output(o, !o->part || rename(o->part, o->path) == 0);
     free(o->part);
 }
 
 // Ctrl-C held back is asked for between steps: no handler, and no variable that one would change.
 static void hold_interrupt(bool held) {
     sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGINT);
+    sigemptyset(&set), sigaddset(&set, SIGINT);
     pthread_sigmask(held ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
 }
 
@@ -2552,7 +2545,7 @@ static void disarm(Bytes *b) {
 static void show_ready(Session *s, Text *text) {
     if (isatty(fileno(s->out.file))) disarm(&text->ready);
     write_bytes(&s->out, text->ready.at, text->ready.n);
-    if (fflush(s->out.file) != 0) fail_output(&s->out);
+    check_output(&s->out, fflush(s->out.file) == 0);
     text->ready.n = 0;
 }
 
@@ -3114,7 +3107,7 @@ static void run_quantize(Session *s) {
     }
     show_progress(&progress, 1, 1);
     header.size = at;
-    if (fseek(s->out.file, 0, SEEK_SET) != 0) fail_output(&s->out);
+    check_output(&s->out, fseek(s->out.file, 0, SEEK_SET) == 0);
     write_bytes(&s->out, &header, HEADER);
     for (SlotId i = 0; i < SLOTS && o->verbose; i++)
         if (sums[i][1] > 0)
