@@ -138,9 +138,9 @@ static File open_file(const char *path, const char *kind) {
 }
 static void close_file(const File *f) { munmap((void *)(uintptr_t)f->at, f->size); }
 
-static void check(const File *f, const char *name, double value, double least, double most) {
-    if (!(value >= least && value <= most))
-        die("%s: not a %s: its %s is %.10g, not %.10g to %.10g", f->path, f->kind, name, value,
+static void check(const File *f, const char *name, double is, double least, double most) {
+    if (!(is >= least && is <= most))
+        die("%s: not a %s: its %s is %.10g, not %.10g to %.10g", f->path, f->kind, name, is,
             least, most);
 }
 
@@ -272,26 +272,19 @@ static int kv_dim(const Config *c) { return c->n_kv_heads * c->head_dim; }
 
 // Every tensor once, in the order of our file: loading, quantizing, counting and printing walk this
 // table. A layer has those from ATTENTION_NORM to W2, w2(silu(w1 x) * w3 x).
-typedef enum {
-    EMBEDDING, ATTENTION_NORM, WQ, WK, WV, BQ, BK, BV, Q_NORM, K_NORM, WO, FFN_NORM, W1, W3, W2,
-    FINAL_NORM, CLASSIFIER, SLOTS
-} SlotId;
+typedef enum { EMBEDDING, ATTENTION_NORM, WQ, WK, WV, BQ, BK, BV, Q_NORM, K_NORM, WO, FFN_NORM,
+               W1, W3, W2, FINAL_NORM, CLASSIFIER, SLOTS } SlotId;
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, HEAD_DIM, HIDDEN, VOCAB } Extent;
 
-static const struct Slot {
-    const char *name;
-    Extent rows, cols;  // one row: a vector, always f32
-    uint32_t flag;      // a model has it only with this flag; TIED: only without
-} slots[SLOTS] = {
-    {"embedding", VOCAB, DIM, 0},         {"attention norm", ONE, DIM, 0},
-    {"wq", Q_DIM, DIM, 0},                {"wk", KV_DIM, DIM, 0},
-    {"wv", KV_DIM, DIM, 0},               {"bq", ONE, Q_DIM, BIASES},
-    {"bk", ONE, KV_DIM, BIASES},          {"bv", ONE, KV_DIM, BIASES},
+// One row is a vector, always f32. A model has a slot only with its flag; TIED: only without.
+static const struct Slot { const char *name; Extent rows, cols; uint32_t flag; } slots[SLOTS] = {
+    {"embedding", VOCAB, DIM, 0}, {"attention norm", ONE, DIM, 0},
+    {"wq", Q_DIM, DIM, 0}, {"wk", KV_DIM, DIM, 0}, {"wv", KV_DIM, DIM, 0},
+    {"bq", ONE, Q_DIM, BIASES}, {"bk", ONE, KV_DIM, BIASES}, {"bv", ONE, KV_DIM, BIASES},
     {"q norm", ONE, HEAD_DIM, HEAD_NORMS}, {"k norm", ONE, HEAD_DIM, HEAD_NORMS},
-    {"wo", DIM, Q_DIM, 0},                {"ffn norm", ONE, DIM, 0},
-    {"w1", HIDDEN, DIM, 0},               {"w3", HIDDEN, DIM, 0},
-    {"w2", DIM, HIDDEN, 0},               {"final norm", ONE, DIM, 0},
-    {"classifier", VOCAB, DIM, TIED},
+    {"wo", DIM, Q_DIM, 0}, {"ffn norm", ONE, DIM, 0},
+    {"w1", HIDDEN, DIM, 0}, {"w3", HIDDEN, DIM, 0}, {"w2", DIM, HIDDEN, 0},
+    {"final norm", ONE, DIM, 0}, {"classifier", VOCAB, DIM, TIED},
 };
 
 typedef struct {
@@ -357,15 +350,14 @@ enum { HEADER = sizeof(Header) };
 // The numbers of a Config in its order, i: int32_t, f: float, and their bounds: an int counts the
 // elements of a row, 2^20 items do a job (room 4), and no sum of sizes overflows.
 static const struct Field { const char *name; char kind; double least, most; } fields[] = {
-    {"type",             'i', 0, TYPES - 1},      {"dim",              'i', 1, 1 << 20},
-    {"hidden_dim",       'i', 1, 1 << 22},        {"n_layers",         'i', 1, 1 << 14},
-    {"n_heads",          'i', 1, 1 << 14},        {"n_kv_heads",       'i', 1, 1 << 14},
-    {"head_dim",         'i', 1, 1 << 12},        {"vocab_size",       'i', 1, 1 << 23},
-    {"max_seq_len",      'i', 1, 1 << 26},        {"sliding_window",   'i', 0, INT_MAX},
-    {"flags",            'i', 0, ALL_FLAGS},      {"norm_eps",         'f', 0, 1},
-    {"rope_theta",       'f', 1e-9, 3.4e38},      {"rope_scaling",     'i', 0, SCALINGS - 1},
-    {"factor",           'f', 0, 3.4e38},         {"low_freq_factor",  'f', 0, 3.4e38},
-    {"high_freq_factor", 'f', 0, 3.4e38},         {"original_context", 'i', 0, 1 << 26},
+    {"type", 'i', 0, TYPES - 1}, {"dim", 'i', 1, 1 << 20}, {"hidden_dim", 'i', 1, 1 << 22},
+    {"n_layers", 'i', 1, 1 << 14}, {"n_heads", 'i', 1, 1 << 14}, {"n_kv_heads", 'i', 1, 1 << 14},
+    {"head_dim", 'i', 1, 1 << 12}, {"vocab_size", 'i', 1, 1 << 23},
+    {"max_seq_len", 'i', 1, 1 << 26}, {"sliding_window", 'i', 0, INT_MAX},
+    {"flags", 'i', 0, ALL_FLAGS}, {"norm_eps", 'f', 0, 1}, {"rope_theta", 'f', 1e-9, 3.4e38},
+    {"rope_scaling", 'i', 0, SCALINGS - 1}, {"factor", 'f', 0, 3.4e38},
+    {"low_freq_factor", 'f', 0, 3.4e38}, {"high_freq_factor", 'f', 0, 3.4e38},
+    {"original_context", 'i', 0, 1 << 26},
 };
 _Static_assert(sizeof(Config) == 4 * COUNT(fields), "each number of a Config has a row");
 
@@ -2050,7 +2042,7 @@ static void read_compositions(Tokenizer *t, const uint32_t *row) {
                              last ? 0x11A7 + last : 0x1161 + s / 28 % 21};
         const uint32_t *r = i < n ? row + 3 * (size_t)i : hangul;
         uint32_t codes[] = {r[0] & ~never, r[1], r[2]};
-        for (int k = 0; k < 3; k++) check(&t->file, "code of a pair", codes[k], 0, UNICODE - 1);
+        for (int k = 0; k < 3; k++) check(&t->file, "composition's code", codes[k], 0, UNICODE - 1);
         enter(t, pair(APART | codes[0], 0), pair(codes[1], codes[2]));
         if (r[0] == codes[0]) enter(t, pair(TOGETHER | codes[1], codes[2]), codes[0]);
     }
@@ -3221,9 +3213,8 @@ static const struct Mode { const char *name, *does; void (*run)(Session *s); } m
 // One row an option: parsing, checking and the usage are all read from here. A value N is whole and
 // an X is not, both in bounds; what is none of these is text; an option of no value is a switch.
 #define TO(field) offsetof(Options, field)
-static const struct Option {
-    char letter; const char *value, *does; size_t at; double least, most;
-} options[] = {
+static const struct Option { char letter; const char *value, *does; size_t at; double least, most; }
+options[] = {
     {'i', "TEXT", "prompt, - for standard input",                        TO(prompt), 0, 0},
     {'f', "FILE", "prompt or token ids from a file",                     TO(file), 0, 0},
     {'o', "FILE", "results go there (standard output)",                  TO(output), 0, 0},
