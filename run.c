@@ -832,11 +832,15 @@ INLINE float join(f32v v) {
 }
 
 INLINE float greatest(f32v v) {
+#if defined STEPS_AVX512
+    return _mm512_reduce_max_ps(v.p[0]);
+#else
     float x[WIDTH];
     store_f32(x, v);
     for (int apart = WIDTH / 2; apart; apart /= 2)
         UNROLL for (int i = 0; i < apart; i++) x[i] = x[i] < x[i + apart] ? x[i + apart] : x[i];
     return x[0];
+#endif
 }
 
 // Four vectors joined, each as join does. Halves of two vectors are added as one, which makes 4
