@@ -1,18 +1,14 @@
-/* run.c - LLaMA-02: Llama 2 inference in one C file.
- *   make && ./run model.bin -i "Once upon a time"
+/* run.c - LLaMA-02: Llama 2 inference in one C file. make && ./run model.bin -i "Once upon a time"
  *
  * The architecture is that of Touvron et al., "Llama 2: Open Foundation and Fine-Tuned Chat Models"
- * (2023): RMSNorm, rotary position embedding, attention with grouped key/value heads, SwiGLU.
- * A checkpoint is mapped into memory and never copied; a prompt goes through in batches; text
- * leaves through a BPE tokenizer as soon as it is a whole character. `./run -h` lists options.
- *
+ * (2023): RMSNorm, rotary position embedding, attention with grouped key/value heads, SwiGLU. A
+ * checkpoint is mapped into memory and never copied; a prompt goes through in batches; text leaves
+ * through a BPE tokenizer as soon as it is a whole character. `./run -h` lists options.
  * Rooms, in reading order: 1 foundation, 2 the model, 3 the checkpoint, 4 threads, 5 vectors,
  * 6 weights (matmul), 7 attention, 8 the transformer (forward, logits), 9 the tokenizer,
  * 10 the sampler (pick), 11 a session (feed, reply), 12 the modes, 13 the command line.
- *
  * Letters: n tokens at once, t one of them, l a layer, h a head. A comment such as (n, dim) is a
- * shape, the last extent lying together in memory.
- */
+ * shape, the last extent lying together in memory. */
 #define _GNU_SOURCE
 #include <assert.h>
 #include <ctype.h>
@@ -64,7 +60,6 @@ static void quit(int status, const char *format, ...) {
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     for (char *c = line; *c; c++) *c = iscntrl((unsigned char)*c) ? '?' : *c;
-    fflush(stdout);
     fprintf(stderr, "run: %s\n", line);
     exit(status);
 }
@@ -74,6 +69,9 @@ static void quit(int status, const char *format, ...) {
 static int least(int a, int b) { return a < b ? a : b; }
 static int most(int a, int b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+static uint32_t read_u32(const void *p) { uint32_t v; memcpy(&v, p, sizeof v); return v; }
+static float    read_f32(const void *p) { float v;    memcpy(&v, p, sizeof v); return v; }
+static bool all_zero(const uint8_t *p, size_t n) { return !*p && !memcmp(p, p + 1, n - 1); }
 
 static void *checked(void *p, size_t n, size_t size) {
     if (!p) die("no memory for %zu times %zu bytes", n, size);
@@ -106,30 +104,29 @@ static void push(Tokens *t, int id) {
 }
 
 // Many arrays of one lifetime, dealt out from one block that the system fills with zeros page by
-// page as it is touched. A first round with `at` NULL adds up the size, of at least `limit` if that
-// is too much.
-typedef struct { char *at; size_t used, size; } Arena;
+// page as it is touched. A first round with `at` NULL adds up the bytes, in a double as no number
+// is too large for it; `advice` says what would make them fewer.
+typedef struct { char *at; double used; } Arena;
 
 static void *deal(Arena *a, size_t n, size_t size) {
-    const size_t limit = SIZE_MAX / 4;
-    void *p = a->at ? a->at + a->used : NULL;
-    a->used = a->used < limit && n <= limit / size ? a->used + round_up(n * size, 64) : limit;
+    void *p = a->at ? a->at + (size_t)a->used : NULL;
+    a->used += 64 * ceil((double)n * (double)size / 64);
     return p;
 }
 #define DEAL(arena, type, n) ((type *)deal((arena), (n), sizeof(type)))
 
-// The block for what a first round added up. `advice` says what would make it smaller.
-static Arena open_arena(size_t size, const char *advice) {
-    void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-    if (at == MAP_FAILED) die("no memory: %.0f MB wanted; %s", (double)size / 1e6, advice);
-    return (Arena){at, 0, size};
+static Arena open_arena(double size, const char *advice) {
+    void *at = mmap(NULL, (size_t)fmin(size, 1e18), PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (at == MAP_FAILED) die("no memory: %.0f MB wanted; %s", size / 1e6, advice);
+    return (Arena){at, 0};
 }
+static void close_arena(Arena *a) { munmap(a->at, (size_t)a->used); }
 
-static void close_arena(Arena *a) { munmap(a->at, a->size); }
+// A file mapped read-only, and what kind of file it is taken for.
+typedef struct { const char *path; const uint8_t *at; size_t size; const char *kind; } File;
 
-typedef struct { const char *path; const uint8_t *at; size_t size; } File;  // mapped read-only
-
-static File open_file(const char *path) {
+static File open_file(const char *path, const char *kind) {
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK);  // a FIFO must not hang here
     if (fd < 0 || fstat(fd, &st) != 0) die("%s: %s", path, strerror(errno));
@@ -137,13 +134,15 @@ static File open_file(const char *path) {
     void *at = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
     if (at == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
-    return (File){path, at, (size_t)st.st_size};
+    return (File){path, at, (size_t)st.st_size, kind};
 }
-
 static void close_file(const File *f) { munmap((void *)(uintptr_t)f->at, f->size); }
 
-static uint32_t read_u32(const void *p) { uint32_t v; memcpy(&v, p, sizeof v); return v; }
-static float    read_f32(const void *p) { float v;    memcpy(&v, p, sizeof v); return v; }
+static void check(const File *f, const char *name, double is, double least, double most) {
+    if (!(is >= least && is <= most))
+        die("%s: not a %s: its %s is %.10g, not %.10g to %.10g", f->path, f->kind, name, is,
+            least, most);
+}
 
 // All of a file, or of standard input for "-".
 static Bytes read_text(const char *path) {
@@ -156,14 +155,15 @@ static Bytes read_text(const char *path) {
     return b;
 }
 
-// Where results go: standard output, or a file that takes its name only when it is complete. Until
-// then it has none on Linux, so whatever ends the program leaves nothing behind, and elsewhere the
-// name `part`, PATH.part. Devices and pipes keep their name: `part` is NULL.
+// Where results go: standard output, or a file that takes its name only when it is
+// complete. Until then it has none on Linux, so whatever ends the program leaves nothing behind,
+// and elsewhere the name `part`, PATH.part. Devices and pipes keep their name: `part` is NULL.
 typedef struct { FILE *file; const char *path; char *part; } Output;
 
-static void fail_output(const Output *o) {
-    die("%s: cannot be written: %s", o->path, strerror(errno));
+static void check_output(const Output *o, bool done) {
+    if (!done) die("%s: not written: %s", o->path, strerror(errno));
 }
+#define print(o, ...) check_output(o, fprintf((o)->file, __VA_ARGS__) >= 0)
 
 #ifndef O_TMPFILE
 #define O_TMPFILE O_DIRECTORY  // which cannot be opened to write
@@ -171,10 +171,10 @@ static void fail_output(const Output *o) {
 
 static Output open_output(const char *path) {
     struct stat st;
-    if (!path || strcmp(path, "-") == 0) return (Output){stdout, "standard output", NULL};
-    Output o = {.path = path};
+    bool named = path && strcmp(path, "-") != 0;
+    Output o = {stdout, named ? path : "standard output", NULL};
     int fd = -1;
-    if (stat(path, &st) != 0 || S_ISREG(st.st_mode)) {
+    if (named && (stat(path, &st) != 0 || S_ISREG(st.st_mode))) {
         const char *slash = strrchr(path, '/');
         size_t room = strlen(path) + sizeof ".part";
         o.part = NEW(char, room);
@@ -183,55 +183,41 @@ static Output open_output(const char *path) {
         snprintf(o.part, room, "%s.part", path);
         unlink(o.part);
     }
-    o.file = fd >= 0 ? fdopen(fd, "wb") : fopen(o.part ? o.part : path, "wb");
-    if (!o.file) fail_output(&o);
+    if (named) o.file = fd >= 0 ? fdopen(fd, "wb") : fopen(o.part ? o.part : path, "wb");
+    check_output(&o, o.file != NULL);
     return o;
 }
 
 static void write_bytes(Output *o, const void *data, size_t n) {
-    if (n && fwrite(data, 1, n, o->file) != n) fail_output(o);
+    check_output(o, fwrite(data, 1, n, o->file) == n);
 }
 
-__attribute__((format(printf, 2, 3)))
-static void print(Output *o, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    if (vfprintf(o->file, format, args) < 0) fail_output(o);
-    va_end(args);
-}
-
-// What was written is seen from now on.
-static void send_off(Output *o) {
-    if (fflush(o->file) != 0) fail_output(o);
-}
+static void send_off(Output *o) { check_output(o, fflush(o->file) == 0); }
 
 static void close_output(Output *o) {
     char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fileno(o->file));
-    if (fflush(o->file) != 0 || ferror(o->file)
-        || (o->part && linkat(AT_FDCWD, link, AT_FDCWD, o->part, AT_SYMLINK_FOLLOW) != 0
-            && access(o->part, F_OK) != 0)
-        || (o->file != stdout && fclose(o->file) != 0)
-        || (o->part && rename(o->part, o->path) != 0))
-        fail_output(o);
+    send_off(o);
+    if (o->part && linkat(AT_FDCWD, link, AT_FDCWD, o->part, AT_SYMLINK_FOLLOW) != 0)
+        check_output(o, access(o->part, F_OK) == 0);
+    check_output(o, o->file == stdout || fclose(o->file) == 0);
+    check_output(o, !o->part || rename(o->part, o->path) == 0);
     free(o->part);
 }
 
 // Ctrl-C held back is asked for between steps: no handler, and no variable that one would change.
 static void hold_interrupt(bool held) {
     sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGINT);
+    sigemptyset(&set), sigaddset(&set, SIGINT);
     pthread_sigmask(held ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
 }
 
-static bool interrupt_waits(void) {
+// Whether one has come; it is then forgotten.
+static bool take_interrupt(void) {
     sigset_t set;
-    return sigpending(&set) == 0 && sigismember(&set, SIGINT) == 1;
+    int taken;
+    return sigpending(&set) == 0 && sigismember(&set, SIGINT) == 1 && sigwait(&set, &taken) == 0;
 }
-
-// What is ignored does not wait any more.
-static void take_interrupt(void) { signal(SIGINT, SIG_IGN), signal(SIGINT, SIG_DFL); }
 
 static double seconds(void) {
     struct timespec t;
@@ -239,18 +225,16 @@ static double seconds(void) {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-// How far a long job is, on a terminal, once it has lasted a second.
+// How far a long job is, on a terminal, once it has lasted a second and until all is done.
 typedef struct { const char *what; double start, shown; } Progress;
-static Progress start_progress(const char *what) { return (Progress){what, seconds(), 0}; }
 
 static void show_progress(Progress *p, double done, double all) {
     double now = seconds();
-    if (!isatty(STDERR_FILENO) || now - p->start < 1 || now - p->shown < 0.1) return;
+    if (done >= all && p->shown > 0) fprintf(stderr, "\r\033[K");
+    if (done >= all || now < p->start + 1 || now < p->shown + 0.1 || !isatty(STDERR_FILENO)) return;
     p->shown = now;
     fprintf(stderr, "\r%s: %3.0f %% ", p->what, 100 * done / all);
 }
-
-static void end_progress(const Progress *p) { if (p->shown > 0) fprintf(stderr, "\r\033[K"); }
 
 // ------------------------------------------------------------------------------------------------
 // 2. The model: what a Llama is made of
@@ -284,66 +268,36 @@ typedef struct {
     int original_context;
 } Config;
 
-typedef struct {
-    Tensor attention_norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo;
-    Tensor ffn_norm, w1, w3, w2;  // w2(silu(w1 x) * w3 x)
-} Layer;
-
-typedef struct {
-    Config config;
-    Tensor embedding, final_norm, classifier;
-    Layer *layers;
-    File file;         // the mapping that all tensors point into
-    const char *form;  // what kind of file it is
-} Model;
-
 static int q_dim(const Config *c) { return c->n_heads * c->head_dim; }
 static int kv_dim(const Config *c) { return c->n_kv_heads * c->head_dim; }
 
+// Every tensor once, in the order of our file: loading, quantizing, counting and printing walk this
+// table. A layer has those from ATTENTION_NORM to W2, w2(silu(w1 x) * w3 x).
+typedef enum { EMBEDDING, ATTENTION_NORM, WQ, WK, WV, BQ, BK, BV, Q_NORM, K_NORM, WO, FFN_NORM,
+               W1, W3, W2, FINAL_NORM, CLASSIFIER, SLOTS } SlotId;
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, HEAD_DIM, HIDDEN, VOCAB } Extent;
 
-// Every tensor once, in the order of our file: loading, quantizing, counting and printing walk this
-// table, and nothing else knows the list.
-typedef enum {
-    EMBEDDING, ATTENTION_NORM, WQ, WK, WV, BQ, BK, BV, Q_NORM, K_NORM, WO, FFN_NORM, W1, W3, W2,
-    FINAL_NORM, CLASSIFIER, SLOTS
-} SlotId;
-
-#define OF_MODEL(field) false, offsetof(Model, field)
-#define OF_LAYER(field) true, offsetof(Layer, field)
-static const struct Slot {
-    const char *name;
-    bool per_layer;
-    size_t at;          // in Layer or in Model
-    Extent rows, cols;  // one row: a vector, always f32
-    uint32_t flag;      // a model has it only with this flag; TIED: only without
-} slots[SLOTS] = {
-    [EMBEDDING]      = {"embedding",      OF_MODEL(embedding),      VOCAB,  DIM,      0},
-    [ATTENTION_NORM] = {"attention norm", OF_LAYER(attention_norm), ONE,    DIM,      0},
-    [WQ]             = {"wq",             OF_LAYER(wq),             Q_DIM,  DIM,      0},
-    [WK]             = {"wk",             OF_LAYER(wk),             KV_DIM, DIM,      0},
-    [WV]             = {"wv",             OF_LAYER(wv),             KV_DIM, DIM,      0},
-    [BQ]             = {"bq",             OF_LAYER(bq),             ONE,    Q_DIM,    BIASES},
-    [BK]             = {"bk",             OF_LAYER(bk),             ONE,    KV_DIM,   BIASES},
-    [BV]             = {"bv",             OF_LAYER(bv),             ONE,    KV_DIM,   BIASES},
-    [Q_NORM]         = {"q norm",         OF_LAYER(q_norm),         ONE,    HEAD_DIM, HEAD_NORMS},
-    [K_NORM]         = {"k norm",         OF_LAYER(k_norm),         ONE,    HEAD_DIM, HEAD_NORMS},
-    [WO]             = {"wo",             OF_LAYER(wo),             DIM,    Q_DIM,    0},
-    [FFN_NORM]       = {"ffn norm",       OF_LAYER(ffn_norm),       ONE,    DIM,      0},
-    [W1]             = {"w1",             OF_LAYER(w1),             HIDDEN, DIM,      0},
-    [W3]             = {"w3",             OF_LAYER(w3),             HIDDEN, DIM,      0},
-    [W2]             = {"w2",             OF_LAYER(w2),             DIM,    HIDDEN,   0},
-    [FINAL_NORM]     = {"final norm",     OF_MODEL(final_norm),     ONE,    DIM,      0},
-    [CLASSIFIER]     = {"classifier",     OF_MODEL(classifier),     VOCAB,  DIM,      TIED},
+// One row is a vector, always f32. A model has a slot only with its flag; TIED: only without.
+static const struct Slot { const char *name; Extent rows, cols; uint32_t flag; } slots[SLOTS] = {
+    {"embedding", VOCAB, DIM, 0}, {"attention norm", ONE, DIM, 0},
+    {"wq", Q_DIM, DIM, 0}, {"wk", KV_DIM, DIM, 0}, {"wv", KV_DIM, DIM, 0},
+    {"bq", ONE, Q_DIM, BIASES}, {"bk", ONE, KV_DIM, BIASES}, {"bv", ONE, KV_DIM, BIASES},
+    {"q norm", ONE, HEAD_DIM, HEAD_NORMS}, {"k norm", ONE, HEAD_DIM, HEAD_NORMS},
+    {"wo", DIM, Q_DIM, 0}, {"ffn norm", ONE, DIM, 0},
+    {"w1", HIDDEN, DIM, 0}, {"w3", HIDDEN, DIM, 0}, {"w2", DIM, HIDDEN, 0},
+    {"final norm", ONE, DIM, 0}, {"classifier", VOCAB, DIM, TIED},
 };
 
-static bool has_slot(const Config *c, SlotId s) {
-    return ((c->flags ^ TIED) & slots[s].flag) == slots[s].flag;
-}
+typedef struct {
+    Config config;
+    Tensor (*layers)[SLOTS];  // (n_layers); what is no layer's lies with the first
+    File file;                // the mapping that all tensors point into
+} Model;
 
-static Tensor *tensor_at(Model *m, SlotId s, int layer) {
-    char *base = slots[s].per_layer ? (char *)&m->layers[layer] : (char *)m;
-    return (Tensor *)(void *)(base + slots[s].at);
+// How many tensors a model has of a slot: one, one a layer, or none.
+static int tensors_of(const Config *c, SlotId s) {
+    if (((c->flags ^ TIED) & slots[s].flag) != slots[s].flag) return 0;
+    return s >= ATTENTION_NORM && s <= W2 ? c->n_layers : 1;
 }
 
 // The shape and type that a model of this config gives to a slot.
@@ -353,9 +307,11 @@ static Tensor blank_tensor(const Config *c, SlotId s) {
     return (Tensor){rows == ONE ? F32 : c->type, of[rows], of[slots[s].cols], NULL};
 }
 
-// The slot after s in the order of our file; `layer` goes on with it.
+// The slot after s that the model has, in the order of our file; `layer` goes on with it.
 static SlotId next_slot(const Config *c, SlotId s, int *layer) {
-    return s == W2 && ++*layer < c->n_layers ? ATTENTION_NORM : s + 1;
+    do s = s == W2 && (*layer = (*layer + 1) % c->n_layers) ? ATTENTION_NORM : s + 1;
+    while (s < SLOTS && !tensors_of(c, s));
+    return s;
 }
 
 // Quantized weights: GROUP columns share a scale, a LINE is 4 bytes of each of PANEL rows (room 6).
@@ -367,11 +323,9 @@ static size_t panel_count(int rows) { return round_up((size_t)rows, PANEL) / PAN
 static size_t group_lines(Type type) { return type == Q8 ? 8 : 4; }
 static size_t row_bytes(Type type, int cols) { return (size_t)cols * (type == F32 ? 4 : 2); }
 static size_t line_bytes(Type t, int cols) { return group_count(cols) * group_lines(t) * LINE; }
-
 static size_t panel_bytes(Type type, int cols) {  // after the lines stand the scales
     return line_bytes(type, cols) + round_up(group_count(cols) * PANEL * 2, LINE);
 }
-
 static size_t tensor_bytes(const Tensor *w) {
     return is_quantized(w->type) ? panel_count(w->rows) * panel_bytes(w->type, w->cols)
                                  : (size_t)w->rows * row_bytes(w->type, w->cols);
@@ -397,15 +351,14 @@ enum { HEADER = sizeof(Header) };
 // The numbers of a Config in its order, i: int32_t, f: float, and their bounds: an int counts the
 // elements of a row, 2^20 items do a job (room 4), and no sum of sizes overflows.
 static const struct Field { const char *name; char kind; double least, most; } fields[] = {
-    {"type",             'i', 0, TYPES - 1},      {"dim",              'i', 1, 1 << 20},
-    {"hidden_dim",       'i', 1, 1 << 22},        {"n_layers",         'i', 1, 1 << 14},
-    {"n_heads",          'i', 1, 1 << 14},        {"n_kv_heads",       'i', 1, 1 << 14},
-    {"head_dim",         'i', 1, 1 << 12},        {"vocab_size",       'i', 1, 1 << 23},
-    {"max_seq_len",      'i', 1, 1 << 26},        {"sliding_window",   'i', 0, INT_MAX},
-    {"flags",            'i', 0, ALL_FLAGS},      {"norm_eps",         'f', 0, 1},
-    {"rope_theta",       'f', 1e-9, 3.4e38},      {"rope_scaling",     'i', 0, SCALINGS - 1},
-    {"factor",           'f', 0, 3.4e38},         {"low_freq_factor",  'f', 0, 3.4e38},
-    {"high_freq_factor", 'f', 0, 3.4e38},         {"original_context", 'i', 0, 1 << 26},
+    {"type", 'i', 0, TYPES - 1}, {"dim", 'i', 1, 1 << 20}, {"hidden_dim", 'i', 1, 1 << 22},
+    {"n_layers", 'i', 1, 1 << 14}, {"n_heads", 'i', 1, 1 << 14}, {"n_kv_heads", 'i', 1, 1 << 14},
+    {"head_dim", 'i', 1, 1 << 12}, {"vocab_size", 'i', 1, 1 << 23},
+    {"max_seq_len", 'i', 1, 1 << 26}, {"sliding_window", 'i', 0, INT_MAX},
+    {"flags", 'i', 0, ALL_FLAGS}, {"norm_eps", 'f', 0, 1}, {"rope_theta", 'f', 1e-9, 3.4e38},
+    {"rope_scaling", 'i', 0, SCALINGS - 1}, {"factor", 'f', 0, 3.4e38},
+    {"low_freq_factor", 'f', 0, 3.4e38}, {"high_freq_factor", 'f', 0, 3.4e38},
+    {"original_context", 'i', 0, 1 << 26},
 };
 _Static_assert(sizeof(Config) == 4 * COUNT(fields), "each number of a Config has a row");
 
@@ -414,32 +367,22 @@ static double field_value(const Config *c, const struct Field *f) {
     return f->kind == 'f' ? (double)read_f32(at) : (double)(int32_t)read_u32(at);
 }
 
-static void check_config(const Model *m) {
-    const Config *c = &m->config;
-    const char *path = m->file.path;
-    for (const struct Field *f = fields; f < fields + COUNT(fields); f++)
-        if (!(field_value(c, f) >= f->least && field_value(c, f) <= f->most))
-            die("%s: not a checkpoint: as %s, its header has %s %.10g, not %.10g to %.10g", path,
-                m->form, f->name, field_value(c, f), f->least, f->most);
-    if (c->n_heads % c->n_kv_heads || c->head_dim % 2 || q_dim(c) > 1 << 22)  // RoPE turns pairs
-        die("%s: n_heads %d must be a multiple of n_kv_heads %d, head_dim %d even, and n_heads "
-            "times head_dim at most %d", path, c->n_heads, c->n_kv_heads, c->head_dim, 1 << 22);
-    bool ramp = c->low_freq_factor < c->high_freq_factor && c->original_context;
-    if (c->scaling && !(c->factor > 0 && (c->scaling == LINEAR || ramp)))
-        die("%s: RoPE scaling wants factor %g above 0, low_freq_factor %g below high_freq_factor "
-            "%g, and original_context %d above 0", path, (double)c->factor,
-            (double)c->low_freq_factor, (double)c->high_freq_factor, c->original_context);
+static void check_config(const File *f, const Config *c) {
+    for (int i = 0; i < COUNT(fields); i++)
+        check(f, fields[i].name, field_value(c, &fields[i]), fields[i].least, fields[i].most);
+    check(f, "head_dim, which must be even,", c->head_dim, c->head_dim & ~1, c->head_dim & ~1);
+    check(f, "n_heads modulo n_kv_heads", c->n_heads % c->n_kv_heads, 0, 0);
+    check(f, "n_heads times head_dim", q_dim(c), 1, 1 << 22);
+    if (c->scaling) check(f, "factor", (double)c->factor, 1e-9, 3.4e38);
+    if (c->scaling != LLAMA3) return;
+    check(f, "low_freq_factor", (double)c->low_freq_factor, 0, (double)c->high_freq_factor - 1e-6);
+    check(f, "original_context", c->original_context, 1, 1 << 26);
 }
 
-static bool all_zero(const uint8_t *p, size_t n) { return !*p && !memcmp(p, p + 1, n - 1); }
-
-static Config read_config(const File *f) {
-    const Header *h = (const void *)f->at;
-    if (h->size != f->size)
-        die("%s: the file has %zu bytes, its header says %llu", f->path, f->size,
-            (unsigned long long)h->size);
-    if (!all_zero(h->zero, sizeof h->zero)) die("%s: bytes 84 to 247 are not zero", f->path);
-    return h->config;
+static void check_size(const File *f, uint64_t wanted) {
+    if (wanted != f->size)
+        die("%s: not a %s, or cut short: it has %zu bytes, its header wants %llu", f->path,
+            f->kind, f->size, (unsigned long long)wanted);
 }
 
 // llama2.c has seven ints. That the classifier is the embedding, a byte after them says in version
@@ -450,32 +393,27 @@ static Config read_llama2c_config(const File *f, uint32_t version) {
     bool tied = version ? f->at[36] != 0 : vocab > 0;
     if (version == 0 && vocab < 0) vocab = (int)-(uint32_t)vocab;
     if (heads > 0 && dim % heads)
-        die("%s: not a checkpoint: dim %d is no multiple of n_heads %d", f->path, dim, heads);
+        die("%s: not a %s: its dim %d is no multiple of n_heads %d", f->path, f->kind, dim, heads);
     return (Config){.dim = dim, .hidden_dim = h[1], .n_layers = h[2], .n_heads = heads,
                     .n_kv_heads = h[4], .head_dim = heads > 0 ? dim / heads : 1,
                     .vocab_size = vocab, .max_seq_len = h[6],
                     .flags = NEIGHBOURS | (tied ? TIED : 0), .norm_eps = 1e-5f, .rope_theta = 1e4f};
 }
 
-// Point the tensors first to last at the bytes from `at` on, layer by layer, each at the next
-// multiple of `unit`. Returns where they end, which may be behind the end of the file.
-static size_t take(Model *m, size_t at, SlotId first, SlotId last, size_t unit) {
-    for (int l = 0; l < (slots[first].per_layer ? m->config.n_layers : 1); l++)
-        for (SlotId s = first; s <= last; s++) {
-            if (!has_slot(&m->config, s)) continue;
-            Tensor *w = tensor_at(m, s, l);
-            *w = blank_tensor(&m->config, s);
-            at = round_up(at, unit);
-            w->data = m->file.at + at;
-            at += tensor_bytes(w);
-        }
-    return at;
+// The tensor points at the bytes from `at` on. Returns where it ends, perhaps behind the file.
+static size_t take(Model *m, SlotId s, int l, size_t at) {
+    Tensor *w = &m->layers[l][s];
+    *w = blank_tensor(&m->config, s);
+    w->data = m->file.at + at;
+    return at + tensor_bytes(w);
 }
 
 static size_t take_ours(Model *m) {
-    size_t at = take(m, HEADER, EMBEDDING, EMBEDDING, LINE);
-    at = take(m, at, ATTENTION_NORM, W2, LINE);
-    return take(m, at, FINAL_NORM, CLASSIFIER, LINE);
+    size_t at = HEADER;
+    int l = 0;
+    for (SlotId s = 0; s < SLOTS; s = next_slot(&m->config, s, &l))
+        at = take(m, s, l, round_up(at, LINE));
+    return at;
 }
 
 // In version 0 two tables of RoPE (seq_len, head_dim/2) may stand before the classifier; the size
@@ -486,56 +424,46 @@ static size_t take_llama2c(Model *m, uint32_t version) {
         {ATTENTION_NORM, FFN_NORM, FINAL_NORM, EMBEDDING, WQ, WK, WV, WO, W1, W2, W3, CLASSIFIER}};
     size_t at = version ? HEADER : 28;
     size_t tables = (size_t)m->config.max_seq_len * (size_t)m->config.head_dim * 4;
-    for (int i = 0; i < 12; i++) at = take(m, at, orders[version][i], orders[version][i], 1);
+    for (const SlotId *s = orders[version]; s < orders[version] + 12; s++)
+        for (int l = 0; l < tensors_of(&m->config, *s); l++) at = take(m, *s, l, at);
     if (version || at + tables != m->file.size) return at;
-    if (m->classifier.data) m->classifier.data += tables;
+    if (!(m->config.flags & TIED)) m->layers[0][CLASSIFIER].data += tables;
     return at + tables;
-}
-
-// What people try that is something else.
-static void refuse_strangers(const File *f) {
-    static const char *const strangers[][2] = {
-        {"GGUF", "a GGUF file"},
-        {"PK\3\4", "a zip archive, as PyTorch writes"},
-        {"ak42", "byte-swapped, written on a big-endian machine"},
-        {"24ka\2", "llama2.c's int8 (version 2; export 0 or 1, and use -m quantize)"},
-        {"LLAMA02T", "a tokenizer"},
-    };
-    for (int i = 0; i < COUNT(strangers); i++)
-        if (memcmp(f->at, strangers[i][0], strlen(strangers[i][0])) == 0)
-            die("%s: this is %s, not a checkpoint; export.py writes one from a model's folder",
-                f->path, strangers[i][1]);
 }
 
 // Map the file, read whichever header it has, point every tensor into it. Dies, naming file and
 // field, unless the numbers are sane and the file has exactly the bytes that they want, by which
 // alone llama2.c's version 0 is known.
 static Model open_model(const char *path) {
-    Model m = {.file = open_file(path)};
-    const File *f = &m.file;  // a page at least is mapped, with zeros behind the end of the file
-    refuse_strangers(f);
+    static const char *const strangers[][2] = {
+        {"GGUF", "a GGUF file"}, {"PK\3\4", "a zip archive, as PyTorch writes"},
+        {"LLAMA02T", "a tokenizer"}, {"ak42", "byte-swapped, written on a big-endian machine"},
+        {"24ka\2", "llama2.c's int8 (version 2; export 0 or 1, and use -m quantize)"}};
+    Model m = {.file = open_file(path, "checkpoint (header: llama2.c, version 0)")};
+    File *f = &m.file;  // a page at least is mapped, with zeros behind the end of the file
+    const Header *h = (const void *)f->at;
+    for (int i = 0; i < COUNT(strangers); i++)
+        if (memcmp(f->at, strangers[i][0], strlen(strangers[i][0])) == 0)
+            die("%s: this is %s, not a checkpoint; export.py writes one from a model's folder",
+                path, strangers[i][1]);
     bool ours = memcmp(f->at, MAGIC, sizeof MAGIC) == 0;
     bool marked = ours || memcmp(f->at, "24ka", 4) == 0;
-    uint32_t version = marked ? read_u32(f->at + (ours ? 8 : 4)) : 0;
-    if (version != marked) die("%s: version is %u, wanted 1", path, version);
-    m.form = ours ? "LLaMA-02, version 1" : marked ? "llama2.c, version 1" : "llama2.c, version 0";
-    m.config = ours ? read_config(f) : read_llama2c_config(f, version);
-    check_config(&m);
-    m.layers = NEW(Layer, m.config.n_layers);
-    size_t wanted = ours ? take_ours(&m) : take_llama2c(&m, version);
-    if (wanted != f->size)
-        die("%s: not a checkpoint, or cut short: it has %zu bytes, its header as %s wants %zu",
-            path, f->size, m.form, wanted);
-    if (m.config.flags & TIED) m.classifier = m.embedding;
+    if (marked) f->kind = ours ? "checkpoint (header: LLaMA-02, version 1)"
+                               : "checkpoint (header: llama2.c, version 1)";
+    if (marked) check(f, "version", read_u32(f->at + (ours ? 8 : 4)), 1, 1);
+    if (ours) check_size(f, h->size);
+    if (ours) check(f, "zero in bytes 84 to 247", !all_zero(h->zero, sizeof h->zero), 0, 0);
+    m.config = ours ? h->config : read_llama2c_config(f, marked);
+    check_config(f, &m.config);
+    m.layers = new_array((size_t)m.config.n_layers, sizeof *m.layers);
+    check_size(f, ours ? take_ours(&m) : take_llama2c(&m, marked));
+    if (m.config.flags & TIED) m.layers[0][CLASSIFIER] = m.layers[0][EMBEDDING];
     // Read ahead in big steps; pages are only asked for, so a model larger than memory still runs.
     madvise((void *)(uintptr_t)f->at, f->size, MADV_WILLNEED);
     return m;
 }
 
-static void close_model(Model *m) {
-    free(m->layers);
-    close_file(&m->file);
-}
+static void close_model(Model *m) { free(m->layers), close_file(&m->file); }
 
 // ------------------------------------------------------------------------------------------------
 // 4. Threads: one verb, parallel
@@ -1627,7 +1555,7 @@ static int default_batch(const Config *c) {
 }
 
 // Bytes that a state of this size may come to touch.
-static size_t state_bytes(State s) {
+static double state_bytes(State s) {
     Arena a = {0};
     lay_out(&s, &a);
     return a.used;
@@ -1673,7 +1601,7 @@ static double rope_frequency(const Config *c, int i) {
 static void enter_row(State *s, int t) {
     const Config *c = &s->model->config;
     float *angles = row(s->angles, t, c->head_dim);
-    unpack_row(row(s->x, t, c->dim), &s->model->embedding, s->steps[t].id);
+    unpack_row(row(s->x, t, c->dim), &s->model->layers[0][EMBEDDING], s->steps[t].id);
     for (int i = 0; i < c->head_dim / 2; i++) {
         double angle = s->steps[t].pos * rope_frequency(c, i);
         angles[i] = (float)cos(angle), angles[i + c->head_dim / 2] = (float)sin(angle);
@@ -1740,13 +1668,13 @@ static size_t cache_head(const State *s, int t, int kv_head) {
 // heads and the position's turn; keys and values go to the cache.
 static void place_row(State *s, int t) {
     const Config *c = &s->model->config;
-    const Layer *w = &s->model->layers[s->l];
+    const Tensor *w = s->model->layers[s->l];
     float *q = row(s->q, t, q_dim(c)), *k = row(s->k, t, kv_dim(c)), *v = row(s->v, t, kv_dim(c));
-    add_bias(q, &w->bq), add_bias(k, &w->bk), add_bias(v, &w->bv);
+    add_bias(q, &w[BQ]), add_bias(k, &w[BK]), add_bias(v, &w[BV]);
     for (int h = 0; h < c->n_heads + c->n_kv_heads; h++) {
         bool key = h >= c->n_heads;
         float *x = key ? row(k, h - c->n_heads, c->head_dim) : row(q, h, c->head_dim);
-        if (c->flags & HEAD_NORMS) rmsnorm(x, x, key ? &w->k_norm : &w->q_norm, c->norm_eps);
+        if (c->flags & HEAD_NORMS) rmsnorm(x, x, key ? &w[K_NORM] : &w[Q_NORM], c->norm_eps);
         rotate(x, row(s->angles, t, c->head_dim), c);
     }
     for (int i = 0; i < q_dim(c); i++) q[i] *= 1 / sqrtf((float)c->head_dim);
@@ -1840,17 +1768,17 @@ static void forward(State *s, const Step *steps, int n) {
     s->steps = steps, s->n = n;
     each_row(s, enter_row);
     for (s->l = 0; s->l < s->model->config.n_layers; s->l++) {
-        const Layer *w = &s->model->layers[s->l];
-        normalize(s, &w->attention_norm);
-        multiply(s, (Matmul){{{s->q, &w->wq}, {s->k, &w->wk}, {s->v, &w->wv}}, .count = 3});
+        const Tensor *w = s->model->layers[s->l];
+        normalize(s, &w[ATTENTION_NORM]);
+        multiply(s, (Matmul){{{s->q, &w[WQ]}, {s->k, &w[WK]}, {s->v, &w[WV]}}, .count = 3});
         each_row(s, place_row);
         attend(s);
-        multiply(s, (Matmul){{{s->branch, &w->wo}}, .count = 1});
+        multiply(s, (Matmul){{{s->branch, &w[WO]}}, .count = 1});
         each_row(s, add_row);
-        normalize(s, &w->ffn_norm);
-        multiply(s, (Matmul){{{s->h1, &w->w1}, {s->h2, &w->w3}}, .count = 2});
+        normalize(s, &w[FFN_NORM]);
+        multiply(s, (Matmul){{{s->h1, &w[W1]}, {s->h2, &w[W3]}}, .count = 2});
         each_row(s, swiglu_row);
-        multiply(s, (Matmul){{{s->branch, &w->w2}}, .count = 1});
+        multiply(s, (Matmul){{{s->branch, &w[W2]}}, .count = 1});
         each_row(s, add_row);
     }
 }
@@ -1860,8 +1788,8 @@ static float *logits(const State *s, int first, int n) {
     State from = *s;  // a view of which row `first` is the first
     assert(n >= 1 && n <= s->logit_rows);
     from.x = row(s->x, first, s->model->config.dim), from.n = n;
-    normalize(&from, &s->model->final_norm);
-    multiply(&from, (Matmul){{{s->logits, &s->model->classifier}}, .count = 1});
+    normalize(&from, &s->model->layers[0][FINAL_NORM]);
+    multiply(&from, (Matmul){{{s->logits, &s->model->layers[0][CLASSIFIER]}}, .count = 1});
     return s->logits;
 }
 
@@ -2008,11 +1936,6 @@ static void append_code(Bytes *out, uint32_t code) {
 
 // ---- Reading the file
 
-static void check(const File *f, const char *name, double value, double least, double most) {
-    if (value < least || value > most)
-        die("%s: %s is %.10g, not %.10g to %.10g", f->path, name, value, least, most);
-}
-
 static void check_header(const File *f, const TokenizerHeader *h, int vocab_size) {
     double last = h->n_tokens - 1.0;
     check(f, "version", h->version, 1, 1);
@@ -2103,7 +2026,7 @@ static void read_compositions(Tokenizer *t, const uint32_t *row) {
                              last ? 0x11A7 + last : 0x1161 + s / 28 % 21};
         const uint32_t *r = i < n ? row + 3 * (size_t)i : hangul;
         uint32_t codes[] = {r[0] & ~never, r[1], r[2]};
-        for (int k = 0; k < 3; k++) check(&t->file, "code of a pair", codes[k], 0, UNICODE - 1);
+        for (int k = 0; k < 3; k++) check(&t->file, "composition's code", codes[k], 0, UNICODE - 1);
         enter(t, pair(APART | codes[0], 0), pair(codes[1], codes[2]));
         if (r[0] == codes[0]) enter(t, pair(TOGETHER | codes[1], codes[2]), codes[0]);
     }
@@ -2111,7 +2034,7 @@ static void read_compositions(Tokenizer *t, const uint32_t *row) {
 
 // Our format, with at most the tokens that the model has, or llama2.c's, with exactly them.
 static Tokenizer open_tokenizer(const char *path, int vocab_size) {
-    Tokenizer t = {.file = open_file(path), .mask = 15};
+    Tokenizer t = {.file = open_file(path, "tokenizer"), .mask = 15};
     const File *f = &t.file;
     TokenizerHeader *h = &t.header;
     bool own = f->size >= sizeof *h && memcmp(f->at, "LLAMA02T", 8) == 0;
@@ -2523,7 +2446,7 @@ static void feed(Session *s, Text *text) {
 // Run what the cache does not hold yet through the model, a batch at a time. Returns the logits of
 // what may follow; if there was nothing to run, those that are there.
 static float *catch_up(Session *s, Text *text) {
-    Progress progress = start_progress("reading");
+    Progress progress = {"reading", seconds(), 0};
     int from = text->pos, all = (int)text->ids.n, n = 0;
     Step *steps = NEW(Step, least(s->state.batch, all - from));
     for (; text->pos < all; text->pos += n) {
@@ -2533,7 +2456,6 @@ static float *catch_up(Session *s, Text *text) {
         forward(&s->state, steps, n);
         show_progress(&progress, text->pos + n - from, all - from);
     }
-    end_progress(&progress);
     free(steps);
     return n ? logits(&s->state, n - 1, 1) : s->state.logits;
 }
@@ -2568,7 +2490,7 @@ static void reply(Session *s, Text *text) {
     while (!text->stop) {
         show_ready(s, text);
         float *scores = catch_up(s, text);
-        if (interrupt_waits()) text->stop = INTERRUPTED;
+        if (take_interrupt()) text->stop = INTERRUPTED;
         else extend(s, text, scores);
     }
     flush(&text->ready, &text->decoder);
@@ -2736,7 +2658,6 @@ static void talk(Session *s, const struct Format *f, Bytes message) {
     text->decoder = (Decoder){.tokenizer = &s->tokenizer};
     hold_interrupt(true);
     reply(s, text);
-    if (text->stop == INTERRUPTED) take_interrupt();
     hold_interrupt(false);
 }
 
@@ -2821,7 +2742,6 @@ static void run_batch(Session *s) {
         }
         while (written < begun && ring[written % places].stop)
             made += write_result(s, &ring[written++ % places]);
-        send_off(&s->out);
     }
     say_speed("generated", made, seconds() - begin);
     if (in != stdin) fclose(in);
@@ -2872,7 +2792,7 @@ static void judge_text(Session *s, Loss *loss) {
     int batch = s->options->width ? least(state->batch, (int)s->options->width) : state->batch;
     int vocab = s->model.config.vocab_size;
     Step *steps = NEW(Step, state->context);
-    Progress progress = start_progress("reading");
+    Progress progress = {"reading", seconds(), 0};
     steps[0] = (Step){ids->at[0], 0, 0};
     for (size_t at = s->text.bos; at < ids->n;) {
         int n = s->text.bos;
@@ -2884,10 +2804,9 @@ static void judge_text(Session *s, Loss *loss) {
             float *scores = row(state->logits, done % ROWS, vocab);
             if (!loss) write_bytes(&s->out, scores, (size_t)vocab * sizeof *scores);
             else if (t + 1 < n) judge(s, loss, steps[t + 1].id, scores);
-            show_progress(&progress, (double)at - n + t, (double)ids->n);
+            show_progress(&progress, (double)at - n + t + 1, (double)ids->n);
         }
     }
-    end_progress(&progress);
     free(steps);
 }
 
@@ -2943,11 +2862,10 @@ static Cost cost_of(const Config *c) {
     Cost cost = {0, 0, 0};
     for (SlotId i = 0; i < SLOTS; i++) {
         Tensor w = blank_tensor(c, i);
-        double count = !has_slot(c, i) ? 0 : slots[i].per_layer ? c->n_layers : 1;
-        double size = count * w.rows * w.cols;
+        double count = tensors_of(c, i), size = count * w.rows * w.cols;
         cost.parameters += size;
         cost.bytes += i == EMBEDDING && !(c->flags & TIED) ? 0 : count * (double)tensor_bytes(&w);
-        cost.products += slots[i].per_layer && slots[i].rows != ONE ? size : 0;
+        cost.products += i >= ATTENTION_NORM && i <= W2 && slots[i].rows != ONE ? size : 0;
     }
     return cost;
 }
@@ -2959,12 +2877,12 @@ static void run_info(Session *s) {
     int wanted = s->options->context ? (int)s->options->context : INT_MAX;
     State state = {.model = m, .pool = &s->pool, .context = least(wanted, c->max_seq_len),
                    .slots = 1, .batch = default_batch(c), .logit_rows = 1};
-    print(&s->out, "file %s\nformat %s\nweights %s\nparameters %.0f\n", m->file.path, m->form,
+    print(&s->out, "file %s\nformat %s\nweights %s\nparameters %.0f\n", m->file.path, m->file.kind,
           type_names[c->type], cost_of(c).parameters);
     for (int i = 1; i < COUNT(fields); i++)
         print(&s->out, "%s %.10g\n", fields[i].name, field_value(c, &fields[i]));
     print(&s->out, "weights %.1f MB\nstate %.1f MB\nthreads %d\n", (double)m->file.size / 1e6,
-          (double)state_bytes(state) / 1e6, s->pool.threads);
+          state_bytes(state) / 1e6, s->pool.threads);
     need_tokenizer(s);
     const TokenizerHeader *t = &s->tokenizer.header;
     print(&s->out, "tokenizer %s\nkind %s\ntokens %u\nbos %d\n", s->tokenizer_path,
@@ -3022,13 +2940,12 @@ static void run_quantize(Session *s) {
     if (m->config.type == Q4 || !*path || strcmp(type, type_names[to.config.type]) != 0)
         die("-m quantize wants a model that is not q4, -q q8 or q4, and -o for the file to write, "
             "not %s, -q '%s' and -o '%s'", o->model, type, path);
-    to.layers = NEW(Layer, to.config.n_layers);
+    to.layers = new_array((size_t)to.config.n_layers, sizeof *to.layers);
     Header header = {MAGIC, 1, to.config, {0}, take_ours(&to)};
     write_bytes(&s->out, &header, HEADER);
-    Progress progress = start_progress("quantizing");
+    Progress progress = {"quantizing", seconds(), 0};
     for (SlotId i = 0; i < SLOTS; i = next_slot(&to.config, i, &l)) {
-        if (!has_slot(&to.config, i)) continue;
-        const Tensor *w = tensor_at(m, i, l), *packed = tensor_at(&to, i, l);
+        const Tensor *w = &m->layers[l][i], *packed = &to.layers[l][i];
         write_bytes(&s->out, zeros, round_up(at, LINE) - at);
         if (packed->type == F32) write_bytes(&s->out, w->data, tensor_bytes(w));
         else write_packed(s, w, packed->type, sums[i]);
@@ -3037,7 +2954,6 @@ static void run_quantize(Session *s) {
         at = round_up(at, LINE) + tensor_bytes(packed);
         show_progress(&progress, (double)at, (double)header.size);
     }
-    end_progress(&progress);
     free(to.layers);
     for (SlotId i = 0; i < SLOTS && o->verbose; i++)
         if (sums[i][1] > 0)
@@ -3094,7 +3010,6 @@ static double measure(Session *s, const char *name, Trial t, double worth, const
     qsort(times, TRIALS, sizeof *times, by_value);
     double value = worth * t.n / times[TRIALS / 2];
     print(&s->out, "%s %.*f %s\n", name, value < 100 ? 2 : 0, value, unit);
-    send_off(&s->out);
     return value;
 }
 
@@ -3139,58 +3054,55 @@ static const struct Mode { const char *name, *does; void (*run)(Session *s); } m
     {"bench",      "measure the machine and what share of it is reached",    run_bench},
 };
 
-// One row an option: parsing, checking and the usage are all read from here. TEXT of no value is a
-// switch; numbers have bounds.
-typedef enum { TEXT, WHOLE, REAL } Kind;
+// One row an option: parsing, checking and the usage are all read from here. A value N is whole and
+// an X is not, both in bounds; what is none of these is text; an option of no value is a switch.
 #define TO(field) offsetof(Options, field)
-static const struct Option {
-    char letter; Kind kind; const char *value, *does; size_t at; double least, most;
-} options[] = {
-    {'i', TEXT,  "TEXT", "prompt, - for standard input",                    TO(prompt), 0, 0},
-    {'f', TEXT,  "FILE", "prompt or token ids from a file",                 TO(file), 0, 0},
-    {'o', TEXT,  "FILE", "results go there (standard output)",              TO(output), 0, 0},
-    {'m', TEXT,  "MODE", "what to do, below",                               TO(mode), 0, 0},
-    {'z', TEXT,  "FILE", "tokenizer (NAME.tokenizer.bin, tokenizer.bin)",   TO(tokenizer), 0, 0},
-    {'n', WHOLE, "N",    "tokens to generate (256)",                        TO(steps), 0, 1e9},
-    {'t', REAL,  "X",    "temperature, 0 takes the likeliest (1.0)", TO(taste.temperature), 0, 1e3},
-    {'p', REAL,  "X",    "top-p, 0 and 1: off (0.9)",                       TO(taste.top_p), 0, 1},
-    {'k', WHOLE, "N",    "top-k, 0: off (0)",                              TO(taste.top_k), 0, 1e9},
-    {'l', REAL,  "X",    "min-p, 0: off (0)",                               TO(taste.min_p), 0, 1},
-    {'r', REAL,  "X",    "repetition penalty, 1: off (1.0)",          TO(taste.penalty), 1e-3, 1e3},
-    {'s', WHOLE, "N",    "seed of the random numbers (time)",               TO(seed), 0, 9e15},
-    {'c', WHOLE, "N",    "context in tokens (the model's)",                 TO(context), 1, 1e9},
-    {'j', WHOLE, "N",    "threads (physical cores)",                   TO(threads), 1, MAX_THREADS},
-    {'y', TEXT,  "TEXT", "chat: system prompt",                             TO(system), 0, 0},
-    {'x', TEXT,  "NAME", "chat: format, if not the tokenizer's",            TO(format), 0, 0},
-    {'b', TEXT,  "FILE", "batch: prompts, one a line, - for standard input", TO(batch), 0, 0},
-    {'w', WHOLE, "N",    "batch: prompts at once (8); logits: tokens at once", TO(width), 1, 1e6},
-    {'q', TEXT,  "TYPE", "quantize to q8 or q4",                            TO(type), 0, 0},
-    {'d', WHOLE, "N",    "bench: depth of the second decoding",             TO(depth), 0, 1e9},
-    {'v', TEXT,  "",     "say more: errors of quantizing, ids that chat feeds", TO(verbose), 0, 0},
+static const struct Option { char letter; const char *value, *does; size_t at; double least, most; }
+options[] = {
+    {'i', "TEXT", "prompt, - for standard input",                        TO(prompt), 0, 0},
+    {'f', "FILE", "prompt or token ids from a file",                     TO(file), 0, 0},
+    {'o', "FILE", "results go there (standard output)",                  TO(output), 0, 0},
+    {'m', "MODE", "what to do, below",                                   TO(mode), 0, 0},
+    {'z', "FILE", "tokenizer (NAME.tokenizer.bin, tokenizer.bin)",       TO(tokenizer), 0, 0},
+    {'n', "N",    "tokens to generate (256)",                            TO(steps), 0, 1e9},
+    {'t', "X",    "temperature, 0 takes the likeliest (1.0)",    TO(taste.temperature), 0, 1e3},
+    {'p', "X",    "top-p, 0 and 1: off (0.9)",                           TO(taste.top_p), 0, 1},
+    {'k', "N",    "top-k, 0: off (0)",                                   TO(taste.top_k), 0, 1e9},
+    {'l', "X",    "min-p, 0: off (0)",                                   TO(taste.min_p), 0, 1},
+    {'r', "X",    "repetition penalty, 1: off (1.0)",              TO(taste.penalty), 1e-3, 1e3},
+    {'s', "N",    "seed of the random numbers (time)",                   TO(seed), 0, 9e15},
+    {'c', "N",    "context in tokens (the model's)",                     TO(context), 1, 1e9},
+    {'j', "N",    "threads (physical cores)",                       TO(threads), 1, MAX_THREADS},
+    {'y', "TEXT", "chat: system prompt",                                 TO(system), 0, 0},
+    {'x', "NAME", "chat: format, if not the tokenizer's",                TO(format), 0, 0},
+    {'b', "FILE", "batch: prompts, one a line, - for standard input",    TO(batch), 0, 0},
+    {'w', "N",    "batch: prompts at once (8); logits: tokens at once",  TO(width), 1, 1e6},
+    {'q', "TYPE", "quantize to q8 or q4",                                TO(type), 0, 0},
+    {'d', "N",    "bench: depth of the second decoding",                 TO(depth), 0, 1e9},
+    {'v', "",     "say more: errors of quantizing, ids that chat feeds", TO(verbose), 0, 0},
 };
 
 static void print_page(bool usage) {
-    printf(usage ? "usage: ./run MODEL [options]\n\noptions\n" : "LLaMA-02 " VERSION "\n");
+    Output out = open_output(NULL);
+    print(&out, usage ? "usage: ./run MODEL [options]\n\noptions\n" : "LLaMA-02 " VERSION "\n");
     for (int i = 0; usage && i < COUNT(options); i++)
-        printf("  -%c %-5s %s\n", options[i].letter, options[i].value, options[i].does);
-    if (usage) printf("  -h       this page; --version prints " VERSION "\n\nmodes\n");
+        print(&out, "  -%c %-5s %s\n", options[i].letter, options[i].value, options[i].does);
+    if (usage) print(&out, "  -h       this page; --version prints " VERSION "\n\nmodes\n");
     for (int i = 0; usage && i < COUNT(modes); i++)
-        printf("  %-10s %s\n", modes[i].name, modes[i].does);
-    if (usage) printf("\nexit status: 0 done, %d failed, %d wrong usage\n", FAILED, MISUSED);
-    close_output(&(Output){.file = stdout});
+        print(&out, "  %-10s %s\n", modes[i].name, modes[i].does);
+    if (usage) print(&out, "\nexit status: 0 done, %d failed, %d wrong usage\n", FAILED, MISUSED);
+    close_output(&out);
     exit(0);
 }
 
-// A number to its very end, and within the option's bounds.
-static double parse_number(const struct Option *option, const char *text) {
+// The number that a word is to its very end, within the option's bounds.
+static double parse_number(const struct Option *o, const char *word) {
     char *end;
-    errno = 0;
-    double v = option->kind == WHOLE ? (double)strtoll(text, &end, 10) : strtof(text, &end);
-    if (end == text || *end || errno || isspace((unsigned char)*text)
-        || !(v >= option->least && v <= option->most))
-        misuse("-%c wants a %snumber of %.10g to %.10g, not '%s'", option->letter,
-               option->kind == WHOLE ? "whole " : "", option->least, option->most, text);
-    return v;
+    bool whole = *o->value == 'N', spaced = isspace((unsigned char)*word);
+    double v = whole ? (double)strtoll(word, &end, 10) : (double)strtof(word, &end);
+    if (end > word && !*end && !spaced && v >= o->least && v <= o->most) return v;
+    misuse("-%c wants a %snumber of %.10g to %.10g, not '%s'", o->letter, whole ? "whole " : "",
+           o->least, o->most, word);
 }
 
 static Options parse_options(int argc, char **argv) {
@@ -3200,7 +3112,7 @@ static Options parse_options(int argc, char **argv) {
         const struct Option *option = options, *end = options + COUNT(options);
         bool help = strcmp(word, "-h") == 0 || strcmp(word, "--help") == 0;
         if (help || strcmp(word, "--version") == 0) print_page(help);
-        if (word[0] != '-' || !word[1]) {
+        if (*word != '-') {
             if (o.model) misuse("two models: '%s' and '%s'", o.model, word);
             o.model = word;
             continue;
@@ -3209,10 +3121,8 @@ static Options parse_options(int argc, char **argv) {
         if (option == end) misuse("unknown option '%s'", word);
         if (*option->value && ++i == argc) misuse("%s wants a value", word);
         void *at = (char *)&o + option->at;
-        if (option->kind == TEXT)
-            *(const char **)at = argv[i];
-        else
-            *(double *)at = parse_number(option, argv[i]);
+        if (option->most > 0) *(double *)at = parse_number(option, argv[i]);
+        else *(const char **)at = argv[i];
     }
     if (!o.model) misuse("no model");
     if (o.batch) o.mode = "batch";

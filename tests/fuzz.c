@@ -93,18 +93,18 @@ enum { MOST_BYTES = 1 << 18, HERE = 24 };  // so a few tokens take no time
 
 // A header alone, of our format, is filled up to what its shapes want. Returns the new size.
 static size_t fill_up(uint8_t *data, size_t n) {
-    Model m = {.file = {"fuzz", data, n}, .form = "fuzz"};
+    Model m = {.file = {"fuzz", data, n, "fuzz"}};
     if (n < HEADER || memcmp(data, MAGIC, sizeof MAGIC) != 0)
         return n;
     memcpy(data + offsetof(Header, size), &(uint64_t){n}, 8);
-    m.config = read_config(&m.file);
-    check_config(&m);
-    m.layers = NEW(Layer, m.config.n_layers);
+    m.config = ((const Header *)(const void *)data)->config;
+    check_config(&m.file, &m.config);
+    m.layers = new_array((size_t)m.config.n_layers, sizeof *m.layers);
     size_t wanted = take_ours(&m);
     free(m.layers);
     wanted = n == HEADER && wanted <= MOST_BYTES ? wanted : n;
     for (size_t i = n; i < wanted; i++) {
-        uint64_t noise = hash(0, (const uint8_t *)&i, sizeof i) >> 40;
+        uint64_t noise = key_of(&i, sizeof i) >> 40;
         data[i] = (uint8_t)(i % 4 == 3 ? 0x3c | (noise & 0x83) : noise);  // f32 of around 1
     }
     n = wanted;
@@ -276,7 +276,7 @@ static void try_options(const uint8_t *data, size_t n) {
     Options o = parse_options(argc, argv);
     PROMISE(o.model && o.mode);
     for (int i = 0; i < COUNT(options); i++)
-        if (options[i].kind == WHOLE || options[i].kind == REAL)
+        if (options[i].most > 0)
             check_number(&o, &options[i]);
     PROMISE(find_mode(o.mode)->run);
 }
