@@ -591,10 +591,10 @@ static void ring(Pool *p, Bell *bell) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-// Claim a share of what is left, smaller towards the end, and do it, until nothing is left.
-// A claim succeeds only on the ticket that was read, and then all between was of one job: parallel()
-// changes it after the last item is done, so not before this claim. What a late thread has read of
-// two jobs goes with a ticket that never returns, or in 2^32 jobs, more than an hour later.
+// Claim a share of what is left, smaller towards the end, and do it, until nothing is left. A claim
+// that succeeds got work and items of its ticket's job: the next job's are written when all items
+// are done, those of this claim too. One that read them finds the ticket gone, and it does not come
+// back within 2^32 jobs, over an hour.
 static void work_on(Pool *p, int thread) {
     for (uint64_t ticket = p->ticket; (uint32_t)ticket;) {
         int left = (int)(uint32_t)ticket, n = most(1, left / (4 * p->threads));
@@ -1495,15 +1495,14 @@ static size_t block_at(const Cache *c, size_t head, int pos) {
 static void cache_position(const Cache *c, size_t head, int pos, const float *k, const float *v) {
     size_t block = block_at(c, head, pos), in = (size_t)pos % BLOCK, pad = (size_t)c->head_pad;
     size_t key = block + in / WIDTH * WIDTH * pad + in % WIDTH, value = block + (BLOCK + in) * pad;
-    for (int i = 0; i < c->head_dim; i++, key += WIDTH) {
-        if (c->half) ((uint16_t *)c->blocks)[key] = narrow_half(k[i]);
-        else         ((float *)c->blocks)[key] = k[i];
-    }
-    for (int i = 0; i < c->head_dim; i += WIDTH, value += WIDTH) {
-        f32v some = load_some(v + i, c->head_dim - i);
-        if (c->half) store_f16((uint16_t *)c->blocks + value, some);
-        else         store_f32((float *)c->blocks + value, some);
-    }
+    uint16_t *halves = c->blocks;
+    float *floats = c->blocks;
+    for (int i = 0; i < c->head_dim; i++, key += WIDTH)
+        if (c->half) halves[key] = narrow_half(k[i]);
+        else floats[key] = k[i];
+    for (int i = 0; i < c->head_dim; i += WIDTH, value += WIDTH)
+        if (c->half) store_f16(halves + value, load_some(v + i, c->head_dim - i));
+        else store_f32(floats + value, load_some(v + i, c->head_dim - i));
 }
 
 // A view of the block from position `start` on of one head, of which those before `end` are used.
@@ -1565,14 +1564,14 @@ INLINE void mix_tiles(const Mix *m, int count, const bool half, const int Q, con
 }
 
 // All vectors, for as few queries as there are tiles for.
+INLINE void mix_all(const Mix *m, int count, int queries, const bool half) {
+    if (queries == 1)      mix_tiles(m, count, half, 1, 4);
+    else if (queries <= 4) mix_tiles(m, count, half, 4, A_SUMS / 4);
+    else                   mix_tiles(m, count, half, A_QUERIES, A_SUMS / A_QUERIES);
+}
+
 static void mix(const Mix *m, int count, int queries) {
-    enum { Q = A_QUERIES, V = A_SUMS / A_QUERIES, V4 = A_SUMS / 4 };
-    if (queries == 1)
-        m->half ? mix_tiles(m, count, true, 1, 4) : mix_tiles(m, count, false, 1, 4);
-    else if (queries <= 4)
-        m->half ? mix_tiles(m, count, true, 4, V4) : mix_tiles(m, count, false, 4, V4);
-    else
-        m->half ? mix_tiles(m, count, true, Q, V) : mix_tiles(m, count, false, Q, V);
+    m->half ? mix_all(m, count, queries, true) : mix_all(m, count, queries, false);
 }
 
 // What a query has gathered, numbers: the largest score, and relative to it the sum of weights and
@@ -1659,13 +1658,13 @@ struct State {
     float *angles;          // (batch, 2, head_dim/2)    cosines and sines
     float *logits;          // (logit_rows, vocab)
     float *answers;         // (records, heads, MIX + head_pad)  empty but inside attend
-    float *rooms;           // (threads, A_QUERIES + 2 BLOCK, MIX + head_pad)  see attend_item
+    float *rooms;           // (threads, A_QUERIES + 2 BLOCK, MIX + head_pad)
     Scratch *scratch;       // (threads)
     Cache cache;            // (slots, layers, kv_heads)
     Arena arena;
-    const Step *steps;      // (n)  what goes through, now in layer l
-    int n, l, run, parts, records;  // run, parts, records: see attend
-    const Tensor *norm;     // weight of the norm
+    const Step *steps;      // (n)  what goes through, now in layer l, next a norm or work on rows
+    int n, l, run, parts, records;  // the last three: see attend
+    const Tensor *norm;
     RowWork *work;
 };
 
@@ -1676,27 +1675,25 @@ static int widest(const Config *c) { return most(most(c->dim, c->hidden_dim), q_
 static void lay_out(State *s, Arena *a) {
     const Config *c = &s->model->config;
     const bool quantized = is_quantized(c->type);
-    const int context = (int)round_up((size_t)s->context, BLOCK);
     const int pad = (int)round_up((size_t)c->head_dim, WIDTH);
-    const int sight = c->window ? least(c->window, context) : context;
-    size_t batch = (size_t)s->batch, wide = batch * (size_t)widest(c);
+    const int context = (int)round_up((size_t)s->context, BLOCK);
+    size_t batch = (size_t)s->batch, wide = batch * (size_t)widest(c), answer = (size_t)(MIX + pad);
     size_t groups = quantized ? batch * group_count(widest(c)) : 0;
     size_t threads = (size_t)s->pool->threads, scratches = quantized ? 0 : threads;
     size_t heads = (size_t)s->slots * (size_t)c->n_layers * (size_t)c->n_kv_heads;
     s->x = DEAL(a, float, batch * (size_t)c->dim);
     s->v = s->branch = DEAL(a, float, wide);
     s->q = s->h1 = DEAL(a, float, wide), s->k = s->h2 = DEAL(a, float, wide);
-    s->in.x = DEAL(a, float, wide);
-    s->in.q = DEAL(a, int8_t, groups * GROUP);
-    s->in.scale = DEAL(a, float, groups);
-    s->in.start = DEAL(a, int32_t, groups);
+    s->in.x = DEAL(a, float, wide), s->in.q = DEAL(a, int8_t, groups * GROUP);
+    s->in.scale = DEAL(a, float, groups), s->in.start = DEAL(a, int32_t, groups);
     s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
     s->logits = DEAL(a, float, (size_t)s->logit_rows * (size_t)c->vocab_size);
     s->records = most(s->batch, least(s->batch + context / BLOCK, INT_MAX / c->n_kv_heads));
-    s->answers = DEAL(a, float, (size_t)s->records * (size_t)c->n_heads * (size_t)(MIX + pad));
-    s->rooms = DEAL(a, float, threads * (A_QUERIES + 2 * BLOCK) * (size_t)(MIX + pad));
-    s->cache = (Cache){context, c->head_dim, pad, sight, quantized, NULL};
-    s->cache.blocks = deal(a, heads * 2 * (size_t)context, (size_t)pad * (quantized ? 2 : 4));
+    s->answers = DEAL(a, float, (size_t)s->records * (size_t)c->n_heads * answer);
+    s->rooms = DEAL(a, float, threads * (A_QUERIES + 2 * BLOCK) * answer);
+    s->cache = (Cache){context, c->head_dim, pad, least(c->window ? c->window : context, context),
+                       quantized, NULL};
+    s->cache.blocks = deal(a, heads * (size_t)context * 2, (size_t)pad * (quantized ? 2 : 4));
     s->scratch = DEAL(a, Scratch, scratches);
     f32v *sums = DEAL(a, f32v, scratches * batch * UNIT);
     for (size_t i = 0; a->at && i < scratches; i++) s->scratch[i].sums = sums + i * batch * UNIT;
@@ -1771,8 +1768,7 @@ static void rmsnorm(float *out, const float *x, const Tensor *weight, float eps)
 static void norm_row(State *s, int t) {
     const Config *c = &s->model->config;
     float *x = row(s->x, t, c->dim), *branch = row(s->branch, t, c->dim);
-    for (int i = 0; i < c->dim; i++) x[i] += branch[i];
-    memset(branch, 0, (size_t)c->dim * sizeof *branch);
+    for (int i = 0; i < c->dim; i++) x[i] += branch[i], branch[i] = 0;
     rmsnorm(row(s->in.x, t, c->dim), x, s->norm, c->norm_eps);
     prepare(&s->in, t, c->dim, c->type);
 }
@@ -1801,8 +1797,8 @@ static void rotate(float *head, const float *angles, const Config *c) {
     }
 }
 
-static void add_bias(float *x, const Tensor *bias) {
-    for (int i = 0; bias->rows && i < bias->cols; i++) x[i] += vector(bias)[i];
+static void add_bias(float *x, const Tensor *bias) {  // of 0 columns if the model has none
+    for (int i = 0; i < bias->cols; i++) x[i] += vector(bias)[i];
 }
 
 static size_t cache_head(const State *s, int t, int kv_head) {
@@ -1845,15 +1841,12 @@ static void attend_item(State *s, int item, float *room) {
     for (int i = part; i * BLOCK < pos + n; i += s->parts) {
         if ((i + 1) * BLOCK <= pos + 1 - s->cache.sight) continue;
         Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, pos + n, floats);
-        for (int j = 0, some; j < queries; j += some) {
-            Query q[A_QUERIES];
-            some = least(A_QUERIES, queries - j);
-            for (int k = 0; k < some; k++) {
-                int later = (j + k) / group, head = kv_head * group + (j + k) % group;
-                q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim, pos + later,
-                               answer_at(s, t + later, part, head)};
-            }
-            look(q, some, &block, i * BLOCK, room);
+        Query q[A_QUERIES];
+        for (int j = 0; j < queries; j++) {
+            int later = j / group, head = kv_head * group + j % group, k = j % A_QUERIES;
+            q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim, pos + later,
+                           answer_at(s, t + later, part, head)};
+            if (k + 1 == A_QUERIES || j + 1 == queries) look(q, k + 1, &block, i * BLOCK, room);
         }
     }
 }
@@ -1893,10 +1886,8 @@ static void attend(State *s) {
     s->parts = deepest / BLOCK + 1;
     if (s->n * s->parts > s->records) s->parts = 1;
     int items = (s->n + s->run - 1) / s->run * heads * s->parts;
-    if ((double)s->n * deepest * q_dim(c) < WORTH_SHARING)
-        attend_items(s, 0, 0, items);
-    else
-        parallel(s->pool, items, attend_items, s);
+    if ((double)s->n * deepest * q_dim(c) < WORTH_SHARING) attend_items(s, 0, 0, items);
+    else parallel(s->pool, items, attend_items, s);
     each_row(s, finish_row);
 }
 
@@ -1907,8 +1898,7 @@ static void multiply(const State *s, Matmul m) {
     matmul(s->pool, &m);
 }
 
-// n <= batch steps go through the layers. Then the cache holds them and x + branch their hidden
-// states.
+// n <= batch steps go through the layers; then the cache holds them, x + branch what became of them.
 static void forward(State *s, const Step *steps, int n) {
     assert(n >= 1 && n <= s->batch);
     s->steps = steps, s->n = n;
