@@ -571,9 +571,8 @@ static void relax(void) {
 #endif
 }
 
-// No ring is lost: a sleeper is counted before it looks again, and who rings looks for sleepers
-// after the change, so of two that pass each other at least one sees the other; and the mutex is
-// the sleeper's from its count until it waits.
+// No ring is lost: a sleeper is counted before it looks again, and looked for after the change, so
+// of two that pass each other at least one sees the other; until it waits the mutex is its own.
 static void await(Pool *p, Bell *bell, bool (*came)(Pool *)) {
     for (int i = 0; i < SPINS && !came(p); i++) relax();
     if (came(p)) return;
@@ -1614,7 +1613,7 @@ typedef struct { const float *q; int pos; float *answer; } Query;
 // n queries, the last of which is the furthest, gather what they see of a block: each what it finds
 // there in `found` (A_QUERIES, MIX + head_pad), then all in its answer.
 static void look(const Query *q, int n, const Cache *b, int start, float *found) {
-    const int pad = b->head_pad, terms = least(BLOCK, q[n - 1].pos + 1 - start);
+    const int pad = b->head_pad, size = MIX + pad, terms = least(BLOCK, q[n - 1].pos + 1 - start);
     const int vectors = (terms + WIDTH - 1) / WIDTH;
     const char *keys = b->blocks, *values = keys + BLOCK * row_bytes(b->half ? F16 : F32, pad);
     _Alignas(LINE) float weight[A_QUERIES][BLOCK];
@@ -1626,15 +1625,15 @@ static void look(const Query *q, int n, const Cache *b, int start, float *found)
     for (int j = 0; j < A_QUERIES; j++) {  // the last stands in for those that are missing
         int k = least(j, n - 1);
         scores.share[j] = q[k].q, mixes.share[j] = scores.out[j] = weight[k];
-        mixes.out[j] = row(found, k, MIX + pad) + MIX;
+        mixes.out[j] = found + k * size + MIX;
     }
     mix(&scores, vectors, n);
     for (int j = 0; j < n; j++) {
         int end = q[j].pos + 1 - start;
-        weigh(row(found, j, MIX + pad), weight[j], vectors * WIDTH, end - b->sight, end);
+        weigh(found + j * size, weight[j], vectors * WIDTH, end - b->sight, end);
     }
     mix(&mixes, pad / WIDTH, n);
-    for (int j = 0; j < n; j++) merge(q[j].answer, row(found, j, MIX + pad), b->head_dim);
+    for (int j = 0; j < n; j++) merge(q[j].answer, found + j * size, b->head_dim);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1658,14 +1657,14 @@ struct State {
     float *angles;          // (batch, 2, head_dim/2)    cosines and sines
     float *logits;          // (logit_rows, vocab)
     float *answers;         // (records, heads, MIX + head_pad)  empty but inside attend
-    float *rooms;           // (threads, A_QUERIES + 2 BLOCK, MIX + head_pad)
+    float *rooms;           // (threads, A_QUERIES + 2 BLOCK, MIX + head_pad)  of look and block_of
     Scratch *scratch;       // (threads)
     Cache cache;            // (slots, layers, kv_heads)
     Arena arena;
-    const Step *steps;      // (n)  what goes through, now in layer l, next a norm or work on rows
-    int n, l, run, parts, records;  // the last three: see attend
-    const Tensor *norm;
-    RowWork *work;
+    const Step *steps;      // (n)  what goes through
+    int n, l, run, parts, records;  // l: the layer; the others: see attend
+    const Tensor *norm;     // weight of the next norm
+    RowWork *work;          // of each_row
 };
 
 // The widest row that any product takes or gives, but for the logits.
@@ -1831,30 +1830,30 @@ static float *answer_at(const State *s, int t, int part, int head) {
 }
 
 // An item is `run` steps, neighbours in one sequence, times a key/value head, times every parts-th
-// block. `room` is look's and block_of's.
-static void attend_item(State *s, int item, float *room) {
-    const Config *c = &s->model->config;
-    int part = item % s->parts, kv_head = item / s->parts % c->n_kv_heads;
-    int t = item / s->parts / c->n_kv_heads * s->run, n = least(s->run, s->n - t);
-    int pos = s->steps[t].pos, group = c->n_heads / c->n_kv_heads, queries = n * group;
-    float *floats = queries < 32 ? NULL : row(room, A_QUERIES, MIX + s->cache.head_pad);
-    for (int i = part; i * BLOCK < pos + n; i += s->parts) {
-        if ((i + 1) * BLOCK <= pos + 1 - s->cache.sight) continue;
-        Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, pos + n, floats);
-        Query q[A_QUERIES];
-        for (int j = 0; j < queries; j++) {
-            int later = j / group, head = kv_head * group + j % group, k = j % A_QUERIES;
-            q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim, pos + later,
-                           answer_at(s, t + later, part, head)};
-            if (k + 1 == A_QUERIES || j + 1 == queries) look(q, k + 1, &block, i * BLOCK, room);
-        }
-    }
-}
-
+// block.
 static void attend_items(void *job, int thread, int first, int end) {
     State *s = job;
-    float *room = row(s->rooms, thread, (A_QUERIES + 2 * BLOCK) * (MIX + s->cache.head_pad));
-    for (int i = first; i < end; i++) attend_item(s, i, room);
+    const Config *c = &s->model->config;
+    const int group = c->n_heads / c->n_kv_heads, size = MIX + s->cache.head_pad;
+    float *found = row(s->rooms, thread, (A_QUERIES + 2 * BLOCK) * size);
+    for (int item = first; item < end; item++) {
+        int part = item % s->parts, kv_head = item / s->parts % c->n_kv_heads;
+        int t = item / s->parts / c->n_kv_heads * s->run, n = least(s->run, s->n - t);
+        int pos = s->steps[t].pos, queries = n * group;
+        float *room = queries < 32 ? NULL : found + A_QUERIES * size;
+        for (int i = part; i * BLOCK < pos + n; i += s->parts) {
+            if ((i + 1) * BLOCK <= pos + 1 - s->cache.sight) continue;
+            Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, pos + n, room);
+            Query q[A_QUERIES];
+            for (int j = 0; j < queries; j++) {
+                int later = j / group, head = kv_head * group + j % group, k = j % A_QUERIES;
+                q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim, pos + later,
+                               answer_at(s, t + later, part, head)};
+                if (k + 1 == A_QUERIES || j + 1 == queries)
+                    look(q, k + 1, &block, i * BLOCK, found);
+            }
+        }
+    }
 }
 
 // in = the answers: parts merged in order, mixes divided by their totals. Leaves them empty.
@@ -1898,7 +1897,7 @@ static void multiply(const State *s, Matmul m) {
     matmul(s->pool, &m);
 }
 
-// n <= batch steps go through the layers; then the cache holds them, x + branch what became of them.
+// n <= batch steps go through the layers into the cache; x + branch are their hidden states then.
 static void forward(State *s, const Step *steps, int n) {
     assert(n >= 1 && n <= s->batch);
     s->steps = steps, s->n = n;
@@ -2584,8 +2583,7 @@ static void penalize(float *logits, Candidate *old, const Tokens *text, float pe
     }
 }
 
-// The next token; the logits are used up. `text` is what the penalty looks back on. `c` has room
-// for (2, n).
+// The next token; the logits are used up. c has room for 2n, the penalty looks back on `text`.
 static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candidate *c,
                 const Tokens *text) {
     if (taste->penalty != 1) penalize(logits, c, text, (float)taste->penalty);
