@@ -477,16 +477,14 @@ enum { MAX_THREADS = 1024, SPINS = 1 << 11 };
 typedef void Work(void *job, int thread, int first, int end);
 typedef struct { _Atomic int sleepers; pthread_cond_t rings; } Bell;
 
-// The ticket: its upper half counts the jobs, its lower the items that nobody has claimed yet. A
-// claim is a compare-and-swap, so one prepared for an earlier job fails.
 typedef struct {
-    _Alignas(64) _Atomic uint64_t ticket;
-    _Alignas(64) _Atomic int undone;  // items of this job
+    _Alignas(64) _Atomic uint64_t ticket;  // upper half: which job; lower: items nobody has claimed
+    _Alignas(64) _Atomic int undone;       // items of this job, as are the next three
     _Alignas(64) _Atomic(Work *) work;
     _Atomic(void *) job;
-    _Atomic int items, started;       // of this job; workers that have taken their number
+    _Atomic int items, started;            // started: workers that have taken their number
     _Atomic bool closing;
-    int threads;                      // the caller of parallel() is one
+    int threads;                           // the caller of parallel() is one
     pthread_t workers[MAX_THREADS];
     pthread_mutex_t mutex;
     Bell begun, finished;
@@ -501,8 +499,8 @@ static void relax(void) {
 #endif
 }
 
-// Who comes to sleep is counted before looking again, and looked for after the change: of two that
-// pass each other at least one sees the other.
+// No ring is lost: a sleeper is counted before it looks again, and looked for after the change, so
+// of two that pass each other at least one sees the other; until it waits the mutex is its own.
 static void await(Pool *p, Bell *bell, bool (*came)(Pool *)) {
     for (int i = 0; i < SPINS && !came(p); i++) relax();
     if (came(p)) return;
@@ -520,7 +518,10 @@ static void ring(Pool *p, Bell *bell) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-// Claim a share of what is left, smaller towards the end, and do it, until nothing is left.
+// Claim a share of what is left, smaller towards the end, and do it, until nothing is left. A claim
+// that succeeds got work and items of its ticket's job: the next job's are written when all items
+// are done, those of this claim too. One that read them finds the ticket gone, and it does not come
+// back within 2^32 jobs, over an hour.
 static void work_on(Pool *p, int thread) {
     for (uint64_t ticket = p->ticket; (uint32_t)ticket;) {
         int left = (int)(uint32_t)ticket, n = most(1, left / (4 * p->threads));
@@ -587,6 +588,7 @@ static long read_number(const char *path, const char *format, long otherwise) {
 // Physical cores this process may use: of the hyper-threads of a core only the first is counted
 // (or all that are allowed without it), and no more than the control group's quota pays for.
 static int usable_cores(void) {
+    static const char siblings[] = "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list";
     static const char group[] = "/sys/fs/cgroup/cpu.max";  // "max 100000" or "150000 100000"
     long quota = read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%ld", -1);  // version 1
     long period = read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%ld", 100000);
@@ -594,15 +596,13 @@ static int usable_cores(void) {
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
     for (int i = 0; i < CPU_SETSIZE; i++) {
-        char path[96];
+        char path[sizeof siblings + 8];
         if (!CPU_ISSET(i, &allowed)) continue;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/%s", i,
-                 "thread_siblings_list");
+        snprintf(path, sizeof path, siblings, i);
         long first = read_number(path, "%ld", i);
         cores += first == i || !CPU_ISSET(first, &allowed);  // false for any long out of range
     }
-    quota = read_number(group, "%ld", quota);
-    period = read_number(group, "%*s %ld", period);
+    quota = read_number(group, "%ld", quota), period = read_number(group, "%*s %ld", period);
     bool limited = quota > 0 && period > 0;
     return most(1, limited ? least(cores, (int)((quota + period - 1) / period)) : cores);
 }
@@ -1315,46 +1315,48 @@ static double pack_row(uint8_t *panel, Type type, int row, const float *x, int c
 enum { BLOCK = 256 };
 enum { A_QUERIES = LANES == 16 ? 8 : 4, A_SUMS = LANES == 16 ? 16 : 4 };  // vectors in registers
 
-// Keys and values, a key/value head of one layer of one sequence after the other:
-//     keys    (heads, context/16, head_pad, 16)   16 positions side by side: scores need no joining
-//     values  (heads, context, head_pad)
-// as f16 for quantized models and f32 otherwise; head_pad is head_dim rounded up to 16.
+static float *row(float *rows, int t, int width) { return rows + (size_t)t * (size_t)width; }
+
+// For each key/value head of each layer of each sequence its blocks, in each the keys and then the
+// values, as f16 for quantized models and f32 otherwise; head_pad is head_dim rounded up to 16:
+//     keys    (BLOCK/16, head_pad, 16)   16 positions side by side: scores need no joining
+//     values  (BLOCK, head_pad)
 typedef struct {
     int context, head_dim, head_pad, sight;  // sight: positions that a query sees, its own included
     bool half;
-    void *keys, *values;
+    void *blocks;
 } Cache;
 
-static size_t cache_at(const Cache *c, size_t head, int pos) {
-    return (head * (size_t)c->context + (size_t)pos) * (size_t)c->head_pad;
+// Numbers in front of the block of a position.
+static size_t block_at(const Cache *c, size_t head, int pos) {
+    return (head * (size_t)c->context + (size_t)(pos / BLOCK * BLOCK)) * 2 * (size_t)c->head_pad;
 }
 
 static void cache_position(const Cache *c, size_t head, int pos, const float *k, const float *v) {
-    size_t key = cache_at(c, head, pos / WIDTH * WIDTH) + (size_t)(pos % WIDTH);
-    size_t value = cache_at(c, head, pos);
-    for (int i = 0; i < c->head_dim; i++, key += WIDTH) {
-        if (c->half) ((uint16_t *)c->keys)[key] = narrow_half(k[i]);
-        else         ((float *)c->keys)[key] = k[i];
-    }
-    for (int i = 0; i < c->head_dim; i += WIDTH, value += WIDTH) {
-        f32v some = load_some(v + i, c->head_dim - i);
-        if (c->half) store_f16((uint16_t *)c->values + value, some);
-        else         store_f32((float *)c->values + value, some);
-    }
+    size_t block = block_at(c, head, pos), in = (size_t)pos % BLOCK, pad = (size_t)c->head_pad;
+    size_t key = block + in / WIDTH * WIDTH * pad + in % WIDTH, value = block + (BLOCK + in) * pad;
+    uint16_t *halves = c->blocks;
+    float *floats = c->blocks;
+    for (int i = 0; i < c->head_dim; i++, key += WIDTH)
+        if (c->half) halves[key] = narrow_half(k[i]);
+        else floats[key] = k[i];
+    for (int i = 0; i < c->head_dim; i += WIDTH, value += WIDTH)
+        if (c->half) store_f16(halves + value, load_some(v + i, c->head_dim - i));
+        else store_f32(floats + value, load_some(v + i, c->head_dim - i));
 }
 
-// A view of positions start to start + BLOCK of one head, of which those before `end` are used. If
-// there is `room` (2, BLOCK, head_pad), what is cached as f16 is made floats there.
+// A view of the block from position `start` on of one head, of which those before `end` are used.
+// If there is `room` (2, BLOCK, head_pad), what is cached as f16 is made floats there.
 static Cache block_of(const Cache *c, size_t head, int start, int end, float *room) {
-    size_t at = cache_at(c, head, start), size = c->half ? 2 : 4;
-    int n = least(BLOCK, (int)round_up((size_t)(end - start), WIDTH)) * c->head_pad;
+    const int values = BLOCK * c->head_pad, used = (int)round_up((size_t)(end - start), WIDTH);
     Cache b = *c;
-    b.keys = (char *)c->keys + at * size, b.values = (char *)c->values + at * size;
+    b.blocks = (char *)c->blocks + block_at(c, head, start) * (c->half ? 2 : 4);
     if (!room || !c->half) return b;
-    b.half = false, b.keys = room, b.values = room + BLOCK * c->head_pad;
-    for (int i = 0; i < n; i += WIDTH) {
-        store_f32(room + i, load_f16((const uint16_t *)c->keys + at + i));
-        store_f32((float *)b.values + i, load_f16((const uint16_t *)c->values + at + i));
+    const uint16_t *from = b.blocks;
+    b.half = false, b.blocks = room;
+    for (int i = 0; i < least(BLOCK, used) * c->head_pad; i += WIDTH) {
+        store_f32(room + i, load_f16(from + i));
+        store_f32(room + values + i, load_f16(from + values + i));
     }
     return b;
 }
@@ -1402,83 +1404,77 @@ INLINE void mix_tiles(const Mix *m, int count, const bool half, const int Q, con
 }
 
 // All vectors, for as few queries as there are tiles for.
-static void mix(const Mix *m, int count, int queries) {
-    enum { Q = A_QUERIES, V = A_SUMS / A_QUERIES, V4 = A_SUMS / 4 };
-    if (queries == 1)
-        m->half ? mix_tiles(m, count, true, 1, 4) : mix_tiles(m, count, false, 1, 4);
-    else if (queries <= 4)
-        m->half ? mix_tiles(m, count, true, 4, V4) : mix_tiles(m, count, false, 4, V4);
-    else
-        m->half ? mix_tiles(m, count, true, Q, V) : mix_tiles(m, count, false, Q, V);
+INLINE void mix_all(const Mix *m, int count, int queries, const bool half) {
+    if (queries == 1)      mix_tiles(m, count, half, 1, 4);
+    else if (queries <= 4) mix_tiles(m, count, half, 4, A_SUMS / 4);
+    else                   mix_tiles(m, count, half, A_QUERIES, A_SUMS / A_QUERIES);
 }
+
+static void mix(const Mix *m, int count, int queries) {
+    m->half ? mix_all(m, count, queries, true) : mix_all(m, count, queries, false);
+}
+
+// What a query has gathered, numbers: the largest score, and relative to it the sum of weights and
+// the mix of values (head_pad). Nothing: the sum is 0.
+enum { PEAK, TOTAL, MIX };
 
 static float exp_of(float x) { return greatest(exponential(spread(x))); }
 
-// What a query has gathered: the largest score, and relative to it the sum of weights and the mix
-// of values (head_pad). Nothing: total 0.
-typedef struct { float peak, total, mix[]; } Answer;
-
-static Answer *answer_of(float *answers, size_t i, int head_pad) {
-    return (Answer *)(void *)(answers + i * (size_t)(2 + head_pad));
-}
-
 // b comes after a, is added to it and left empty.
-static void merge(Answer *a, Answer *b, int head_dim) {
-    if (a->total == 0) {
-        memcpy(a, b, sizeof *a + (size_t)head_dim * sizeof *a->mix);
-    } else if (b->total != 0) {
-        float peak = a->peak > b->peak ? a->peak : b->peak;
-        float mine = exp_of(a->peak - peak), other = exp_of(b->peak - peak);
-        for (int i = 0; i < head_dim; i++) a->mix[i] = a->mix[i] * mine + b->mix[i] * other;
-        a->total = a->total * mine + b->total * other;
-        a->peak = peak;
+static void merge(float *a, float *b, int head_dim) {
+    if (a[TOTAL] == 0) {
+        memcpy(a, b, (size_t)(MIX + head_dim) * sizeof *a);
+    } else if (b[TOTAL] != 0) {
+        float peak = a[PEAK] > b[PEAK] ? a[PEAK] : b[PEAK];
+        float mine = exp_of(a[PEAK] - peak), other = exp_of(b[PEAK] - peak);
+        for (int i = TOTAL; i < MIX + head_dim; i++) a[i] = a[i] * mine + b[i] * other;
+        a[PEAK] = peak;
     }
-    b->total = 0;
+    b[TOTAL] = 0;
 }
 
-// Scores become weights, those of positions not seen, from first to end, 0.
-static void weigh(Answer *a, float *w, int n, int first, int end) {
-    for (int p = 0; p < n; p++) w[p] = p < first || p >= end ? -INFINITY : w[p];
+// n scores become weights, 0 where the query does not see: before `first`, and from `end` on.
+static void weigh(float *answer, float *w, int n, int first, int end) {
     f32v peaks = spread(-INFINITY), total = spread(0);
+    for (int p = 0; p < n; p++) w[p] = p < first || p >= end ? -INFINITY : w[p];
     for (int p = 0; p < n; p += WIDTH) peaks = greater_of(peaks, load_f32(w + p));
-    a->peak = greatest(peaks);
-    f32v base = spread(a->peak > -INFINITY ? a->peak : 0);
+    answer[PEAK] = greatest(peaks);
+    f32v base = spread(answer[PEAK] > -INFINITY ? answer[PEAK] : 0);
     for (int p = 0; p < n; p += WIDTH) {
         f32v e = exponential(sub(load_f32(w + p), base));
         store_f32(w + p, e);
         total = add(total, e);
     }
-    a->total = join(total);
+    answer[TOTAL] = join(total);
 }
 
 // A head of a step, q (head_dim) scaled by 1/sqrt(head_dim), and what it has gathered so far.
-typedef struct { const float *q; int pos; Answer *answer; } Query;
+typedef struct { const float *q; int pos; float *answer; } Query;
 
-// n queries, the last of which is the furthest, gather what they see of a block.
-static void look(const Query *q, int n, const Cache *b, int start) {
-    const int pad = b->head_pad, terms = least(BLOCK, q[n - 1].pos + 1 - start);
+// n queries, the last of which is the furthest, gather what they see of a block: each what it finds
+// there in `found` (A_QUERIES, MIX + head_pad), then all in its answer.
+static void look(const Query *q, int n, const Cache *b, int start, float *found) {
+    const int pad = b->head_pad, size = MIX + pad, terms = least(BLOCK, q[n - 1].pos + 1 - start);
     const int vectors = (terms + WIDTH - 1) / WIDTH;
-    const char *keys = b->keys, *values = b->values;
-    if (terms <= 0) return;
+    const char *keys = b->blocks, *values = keys + BLOCK * row_bytes(b->half ? F16 : F32, pad);
     _Alignas(LINE) float weight[A_QUERIES][BLOCK];
-    float answers[A_QUERIES * (2 + pad)];
-    Answer *answer[A_QUERIES];
     Mix scores = {.terms = b->head_dim, .half = b->half, .step = WIDTH,
                   .apart = (size_t)pad * WIDTH, .vectors = keys, .ahead = values};
     Mix mixes = {.terms = terms, .half = b->half, .step = (size_t)pad, .apart = WIDTH,
-                 .vectors = values, .ahead = keys + BLOCK * row_bytes(F16, pad)};
+                 .vectors = values, .ahead = values + (values - keys)};
+    if (terms <= 0) return;
     for (int j = 0; j < A_QUERIES; j++) {  // the last stands in for those that are missing
-        answer[j] = answer_of(answers, (size_t)j, pad);
-        scores.share[j] = q[least(j, n - 1)].q, scores.out[j] = weight[j];
-        mixes.share[j] = weight[j], mixes.out[j] = answer[j]->mix;
+        int k = least(j, n - 1);
+        scores.share[j] = q[k].q, mixes.share[j] = scores.out[j] = weight[k];
+        mixes.out[j] = found + k * size + MIX;
     }
     mix(&scores, vectors, n);
-    for (int j = 0, end; j < n; j++) {
-        end = q[j].pos + 1 - start;
-        weigh(answer[j], weight[j], vectors * WIDTH, end - b->sight, end);
+    for (int j = 0; j < n; j++) {
+        int end = q[j].pos + 1 - start;
+        weigh(found + j * size, weight[j], vectors * WIDTH, end - b->sight, end);
     }
     mix(&mixes, pad / WIDTH, n);
-    for (int j = 0; j < n; j++) merge(q[j].answer, answer[j], b->head_dim);
+    for (int j = 0; j < n; j++) merge(q[j].answer, found + j * size, b->head_dim);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1495,93 +1491,82 @@ struct State {
     Pool *pool;
     int context, slots;     // positions a sequence has room for, and how many sequences
     int batch, logit_rows;  // steps in the layers at once, and logits kept at once, at most
-    float *x, *branch;      // (batch, dim)           the residual stream, what a block adds to it
-    Inputs in;              // (batch, widest)        what the next product multiplies
-    float *h1, *h2;         // (batch, widest)        inside the feed-forward block
-    float *q, *k, *v;       // (batch, heads, head_dim)  q in h1's room, k and v in h2's
-    float *angles;          // (batch, 2, head_dim/2) cosines and sines
+    float *x, *branch;      // (batch, dim)     the residual stream, what is to be added to it
+    Inputs in;              // (batch, widest)  what the next product multiplies
+    float *h1, *h2;         // (batch, widest)  inside the feed-forward block
+    float *q, *k, *v;       // (batch, heads, head_dim)  in the room of h1, h2 and branch
+    float *angles;          // (batch, 2, head_dim/2)    cosines and sines
     float *logits;          // (logit_rows, vocab)
-    Cache cache;            // (slots, layers, kv_heads)
-    int records;            // batch, or more
-    float *answers;         // (records, heads)       empty but inside attend
-    float *rooms;           // (threads, 2, BLOCK, head_pad)  for block_of
+    float *answers;         // (records, heads, MIX + head_pad)  empty but inside attend
+    float *rooms;           // (threads, A_QUERIES + 2 BLOCK, MIX + head_pad)  of look and block_of
     Scratch *scratch;       // (threads)
+    Cache cache;            // (slots, layers, kv_heads)
     Arena arena;
-    const Step *steps;      // (n)                    what goes through, now in layer l
-    int n, l, run, parts;   // run, parts: see attend
-    const Tensor *norm;     // weight of the norm
-    RowWork *work;
+    const Step *steps;      // (n)  what goes through
+    int n, l, run, parts, records;  // l: the layer; the others: see attend
+    const Tensor *norm;     // weight of the next norm
+    RowWork *work;          // of each_row
 };
 
 // The widest row that any product takes or gives, but for the logits.
-static int widest(const Config *c) {
-    return most(most(c->dim, c->hidden_dim), most(q_dim(c), 2 * kv_dim(c)));
-}
+static int widest(const Config *c) { return most(most(c->dim, c->hidden_dim), q_dim(c)); }
 
 // Every array of the state, once to add up the sizes and once to deal them out.
 static void lay_out(State *s, Arena *a) {
     const Config *c = &s->model->config;
     const bool quantized = is_quantized(c->type);
-    size_t context = round_up((size_t)s->context, BLOCK);
-    size_t pad = round_up((size_t)c->head_dim, WIDTH);
-    size_t batch = (size_t)s->batch, wide = batch * (size_t)widest(c), dim = (size_t)c->dim;
+    const int pad = (int)round_up((size_t)c->head_dim, WIDTH);
+    const int context = (int)round_up((size_t)s->context, BLOCK);
+    size_t batch = (size_t)s->batch, wide = batch * (size_t)widest(c), answer = (size_t)(MIX + pad);
     size_t groups = quantized ? batch * group_count(widest(c)) : 0;
     size_t threads = (size_t)s->pool->threads, scratches = quantized ? 0 : threads;
     size_t heads = (size_t)s->slots * (size_t)c->n_layers * (size_t)c->n_kv_heads;
-    s->x = DEAL(a, float, batch * dim), s->branch = DEAL(a, float, batch * dim);
-    s->in.x = DEAL(a, float, wide);
-    s->in.q = DEAL(a, int8_t, groups * GROUP);
-    s->in.scale = DEAL(a, float, groups);
-    s->in.start = DEAL(a, int32_t, groups);
+    s->x = DEAL(a, float, batch * (size_t)c->dim);
+    s->v = s->branch = DEAL(a, float, wide);
     s->q = s->h1 = DEAL(a, float, wide), s->k = s->h2 = DEAL(a, float, wide);
+    s->in.x = DEAL(a, float, wide), s->in.q = DEAL(a, int8_t, groups * GROUP);
+    s->in.scale = DEAL(a, float, groups), s->in.start = DEAL(a, int32_t, groups);
     s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
     s->logits = DEAL(a, float, (size_t)s->logit_rows * (size_t)c->vocab_size);
-    int sight = c->window ? least(c->window, s->context) : s->context;
-    s->cache = (Cache){(int)context, c->head_dim, (int)pad, sight, quantized, NULL, NULL};
-    s->cache.keys = deal(a, heads, context * pad * (quantized ? 2 : 4));
-    s->cache.values = deal(a, heads, context * pad * (quantized ? 2 : 4));
-    s->records = most(s->batch, least(s->batch + (int)context / BLOCK, INT_MAX / c->n_kv_heads));
-    s->answers = DEAL(a, float, (size_t)s->records * (size_t)c->n_heads * (2 + pad));
-    s->rooms = DEAL(a, float, threads * 2 * BLOCK * pad);
+    s->records = most(s->batch, least(s->batch + context / BLOCK, INT_MAX / c->n_kv_heads));
+    s->answers = DEAL(a, float, (size_t)s->records * (size_t)c->n_heads * answer);
+    s->rooms = DEAL(a, float, threads * (A_QUERIES + 2 * BLOCK) * answer);
+    s->cache = (Cache){context, c->head_dim, pad, least(c->window ? c->window : context, context),
+                       quantized, NULL};
+    s->cache.blocks = deal(a, heads * (size_t)context * 2, (size_t)pad * (quantized ? 2 : 4));
     s->scratch = DEAL(a, Scratch, scratches);
     f32v *sums = DEAL(a, f32v, scratches * batch * UNIT);
     for (size_t i = 0; a->at && i < scratches; i++) s->scratch[i].sums = sums + i * batch * UNIT;
 }
 
-// Steps at once: enough that weights read once serve many, in about 12 MB of rows.
-static int default_batch(const Config *c) {
-    size_t row = sizeof(float) * ((size_t)widest(c) * 3 + 2 * (size_t)c->dim);
-    return most(40, least(480, (int)((12u << 20) / row / 40 * 40)));  // whole tiles of 5 and of 8
-}
-
 // Bytes that a state of this size may come to touch.
-static double state_bytes(State s) {
-    Arena a = {0};
-    lay_out(&s, &a);
-    return a.used;
-}
+static double state_bytes(State s) { Arena a = {0}; lay_out(&s, &a); return a.used; }
 
 static void open_state(State *s) {
     s->arena = open_arena(state_bytes(*s), "a smaller context (-c) needs less");
     lay_out(s, &s->arena);
-    s->v = s->k + (size_t)s->batch * (size_t)kv_dim(&s->model->config);
 }
 
 static void close_state(State *s) { close_arena(&s->arena); }
 
+// Steps at once: enough that weights read once serve many, in about 12 MB of rows.
+static int default_batch(const Config *c) {
+    size_t row_size = sizeof(float) * ((size_t)widest(c) * 3 + 2 * (size_t)c->dim);
+    return most(40, least(480, (int)((12u << 20) / row_size / 40 * 40)));  // whole tiles of 5 and 8
+}
+
+// Work on the rows of a batch, one row a token.
 static void do_rows(void *job, int thread, int first, int end) {
     State *s = job;
     (void)thread;
     for (int t = first; t < end; t++) s->work(s, t);
 }
 
-// Work on the rows of a batch, one row a token.
 static void each_row(State *s, RowWork *work) {
     s->work = work;
     parallel(s->pool, s->n, do_rows, s);
 }
 
-static float *row(float *rows, int t, int width) { return rows + (size_t)t * (size_t)width; }
 static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
 
 // Angle per position of RoPE pair i: theta^(-2i / head_dim) (Su et al. 2021, 3.4.2), slowed down
@@ -1597,11 +1582,12 @@ static double rope_frequency(const Config *c, int i) {
     return keep * f + (1 - keep) * f / (double)c->factor;
 }
 
-// x = embedding; cosines and sines of the position
+// x = 0, to which the embedding is added first; cosines and sines of the position
 static void enter_row(State *s, int t) {
     const Config *c = &s->model->config;
     float *angles = row(s->angles, t, c->head_dim);
-    unpack_row(row(s->x, t, c->dim), &s->model->layers[0][EMBEDDING], s->steps[t].id);
+    memset(row(s->x, t, c->dim), 0, (size_t)c->dim * sizeof *s->x);
+    unpack_row(row(s->branch, t, c->dim), &s->model->layers[0][EMBEDDING], s->steps[t].id);
     for (int i = 0; i < c->head_dim / 2; i++) {
         double angle = s->steps[t].pos * rope_frequency(c, i);
         angles[i] = (float)cos(angle), angles[i + c->head_dim / 2] = (float)sin(angle);
@@ -1618,17 +1604,13 @@ static void rmsnorm(float *out, const float *x, const Tensor *weight, float eps)
     for (int i = 0; i < n; i++) out[i] = x[i] * scale * vector(weight)[i];
 }
 
-// in = norm(x)
+// x += branch, which is 0 from then on; in = norm(x)
 static void norm_row(State *s, int t) {
     const Config *c = &s->model->config;
-    rmsnorm(row(s->in.x, t, c->dim), row(s->x, t, c->dim), s->norm, c->norm_eps);
+    float *x = row(s->x, t, c->dim), *branch = row(s->branch, t, c->dim);
+    for (int i = 0; i < c->dim; i++) x[i] += branch[i], branch[i] = 0;
+    rmsnorm(row(s->in.x, t, c->dim), x, s->norm, c->norm_eps);
     prepare(&s->in, t, c->dim, c->type);
-}
-
-// x += branch
-static void add_row(State *s, int t) {
-    float *x = row(s->x, t, s->model->config.dim), *branch = x - s->x + s->branch;
-    for (int i = 0; i < s->model->config.dim; i++) x[i] += branch[i];
 }
 
 // in = silu(h1) * h2, silu(x) = x / (1 + e^-x) (Shazeer 2020).
@@ -1655,8 +1637,8 @@ static void rotate(float *head, const float *angles, const Config *c) {
     }
 }
 
-static void add_bias(float *x, const Tensor *bias) {
-    for (int i = 0; bias->rows && i < bias->cols; i++) x[i] += vector(bias)[i];
+static void add_bias(float *x, const Tensor *bias) {  // of 0 columns if the model has none
+    for (int i = 0; i < bias->cols; i++) x[i] += vector(bias)[i];
 }
 
 static size_t cache_head(const State *s, int t, int kv_head) {
@@ -1683,39 +1665,36 @@ static void place_row(State *s, int t) {
 }
 
 // What a step's head has gathered from one of the parts of its blocks.
-static Answer *answer_at(const State *s, int t, int part, int head) {
-    size_t heads = (size_t)s->model->config.n_heads, at = (size_t)(t * s->parts + part) * heads;
-    return answer_of(s->answers, at + (size_t)head, s->cache.head_pad);
+static float *answer_at(const State *s, int t, int part, int head) {
+    int size = MIX + s->cache.head_pad;
+    return row(row(s->answers, t * s->parts + part, s->model->config.n_heads * size), head, size);
 }
 
 // An item is `run` steps, neighbours in one sequence, times a key/value head, times every parts-th
-// block. `room` is block_of's.
-static void attend_item(State *s, int item, float *room) {
-    const Config *c = &s->model->config;
-    int part = item % s->parts, kv_head = item / s->parts % c->n_kv_heads;
-    int t = item / s->parts / c->n_kv_heads * s->run, n = least(s->run, s->n - t);
-    int pos = s->steps[t].pos, group = c->n_heads / c->n_kv_heads, queries = n * group;
-    for (int i = part; i * BLOCK < pos + n; i += s->parts) {
-        if ((i + 1) * BLOCK <= pos + 1 - s->cache.sight) continue;
-        Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, pos + n,
-                               queries < 32 ? NULL : room);
-        for (int j = 0, some; j < queries; j += some) {
-            Query q[A_QUERIES];
-            some = least(A_QUERIES, queries - j);
-            for (int k = 0; k < some; k++) {
-                int later = (j + k) / group, head = kv_head * group + (j + k) % group;
-                q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim, pos + later,
-                               answer_at(s, t + later, part, head)};
-            }
-            look(q, some, &block, i * BLOCK);
-        }
-    }
-}
-
+// block.
 static void attend_items(void *job, int thread, int first, int end) {
     State *s = job;
-    float *room = row(s->rooms, thread, 2 * BLOCK * s->cache.head_pad);
-    for (int i = first; i < end; i++) attend_item(s, i, room);
+    const Config *c = &s->model->config;
+    const int group = c->n_heads / c->n_kv_heads, size = MIX + s->cache.head_pad;
+    float *found = row(s->rooms, thread, (A_QUERIES + 2 * BLOCK) * size);
+    for (int item = first; item < end; item++) {
+        int part = item % s->parts, kv_head = item / s->parts % c->n_kv_heads;
+        int t = item / s->parts / c->n_kv_heads * s->run, n = least(s->run, s->n - t);
+        int pos = s->steps[t].pos, queries = n * group;
+        float *room = queries < 32 ? NULL : found + A_QUERIES * size;
+        for (int i = part; i * BLOCK < pos + n; i += s->parts) {
+            if ((i + 1) * BLOCK <= pos + 1 - s->cache.sight) continue;
+            Cache block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK, pos + n, room);
+            Query q[A_QUERIES];
+            for (int j = 0; j < queries; j++) {
+                int later = j / group, head = kv_head * group + j % group, k = j % A_QUERIES;
+                q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim, pos + later,
+                               answer_at(s, t + later, part, head)};
+                if (k + 1 == A_QUERIES || j + 1 == queries)
+                    look(q, k + 1, &block, i * BLOCK, found);
+            }
+        }
+    }
 }
 
 // in = the answers: parts merged in order, mixes divided by their totals. Leaves them empty.
@@ -1723,12 +1702,11 @@ static void finish_row(State *s, int t) {
     const Config *c = &s->model->config;
     float *out = row(s->in.x, t, q_dim(c));
     for (int h = 0; h < c->n_heads; h++, out += c->head_dim) {
-        Answer *whole = answer_at(s, t, 0, h);
-        for (int part = 1; part < s->parts; part++)
-            merge(whole, answer_at(s, t, part, h), c->head_dim);
-        float share = 1 / whole->total;
-        for (int i = 0; i < c->head_dim; i++) out[i] = whole->mix[i] * share;
-        whole->total = 0;
+        float *whole = answer_at(s, t, 0, h);
+        for (int p = 1; p < s->parts; p++) merge(whole, answer_at(s, t, p, h), c->head_dim);
+        float share = 1 / whole[TOTAL];
+        for (int i = 0; i < c->head_dim; i++) out[i] = whole[MIX + i] * share;
+        whole[TOTAL] = 0;
     }
     prepare(&s->in, t, q_dim(c), c->type);
 }
@@ -1748,10 +1726,8 @@ static void attend(State *s) {
     s->parts = deepest / BLOCK + 1;
     if (s->n * s->parts > s->records) s->parts = 1;
     int items = (s->n + s->run - 1) / s->run * heads * s->parts;
-    if ((double)s->n * deepest * q_dim(c) < WORTH_SHARING)
-        attend_items(s, 0, 0, items);
-    else
-        parallel(s->pool, items, attend_items, s);
+    if ((double)s->n * deepest * q_dim(c) < WORTH_SHARING) attend_items(s, 0, 0, items);
+    else parallel(s->pool, items, attend_items, s);
     each_row(s, finish_row);
 }
 
@@ -1762,7 +1738,7 @@ static void multiply(const State *s, Matmul m) {
     matmul(s->pool, &m);
 }
 
-// n <= batch steps go through the layers. Then the cache holds them and x their hidden states.
+// n <= batch steps go through the layers into the cache; x + branch are their hidden states then.
 static void forward(State *s, const Step *steps, int n) {
     assert(n >= 1 && n <= s->batch);
     s->steps = steps, s->n = n;
@@ -1774,20 +1750,19 @@ static void forward(State *s, const Step *steps, int n) {
         each_row(s, place_row);
         attend(s);
         multiply(s, (Matmul){{{s->branch, &w[WO]}}, .count = 1});
-        each_row(s, add_row);
         normalize(s, &w[FFN_NORM]);
         multiply(s, (Matmul){{{s->h1, &w[W1]}, {s->h2, &w[W3]}}, .count = 2});
         each_row(s, swiglu_row);
         multiply(s, (Matmul){{{s->branch, &w[W2]}}, .count = 1});
-        each_row(s, add_row);
     }
 }
 
 // (n, vocab) scores of the tokens that may follow steps first to first + n of the last forward().
 static float *logits(const State *s, int first, int n) {
     State from = *s;  // a view of which row `first` is the first
+    int dim = s->model->config.dim;
     assert(n >= 1 && n <= s->logit_rows);
-    from.x = row(s->x, first, s->model->config.dim), from.n = n;
+    from.x = row(s->x, first, dim), from.branch = row(s->branch, first, dim), from.n = n;
     normalize(&from, &s->model->layers[0][FINAL_NORM]);
     multiply(&from, (Matmul){{{s->logits, &s->model->layers[0][CLASSIFIER]}}, .count = 1});
     return s->logits;
@@ -2343,11 +2318,11 @@ static void sort_candidates(Candidate *c, int n) {
     }
 }
 
-// What top-k, top-p and min-p leave of n probabilities, likeliest first; at least one.
-static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
-    float top_p = taste->top_p > 0 && taste->top_p < 1 ? (float)taste->top_p : INFINITY;
+// What top-k, top-p and min-p leave of n probabilities, likeliest first; returns how many, at least
+// one, and their sum.
+static int shortlist(Candidate *c, float *sum, const float *p, int n, const Taste *taste) {
+    float top_p = taste->top_p > 0 && taste->top_p < 1 ? (float)taste->top_p : INFINITY, whole = 1;
     float cutoff = taste->top_k ? 0 : (1 - top_p) / (float)(n - 1);  // below it nothing is in top-p
-    float sum = 0, whole = 1, min_p = (float)taste->min_p;
     int found = 0, kept = 0;
     for (int i = 0; i < n; i++)
         if (p[i] >= cutoff) c[found++] = (Candidate){.p = p[i], .id = i};
@@ -2357,8 +2332,8 @@ static int shortlist(Candidate *c, const float *p, int n, const Taste *taste) {
         found = (int)taste->top_k, whole = 0;
         for (int i = 0; i < found; i++) whole += c[i].p;
     }
-    for (; kept < found && !(sum > top_p * whole); sum += c[kept++].p)
-        if (c[kept].p < min_p * c[0].p) break;
+    for (*sum = 0; kept < found && !(*sum > top_p * whole); *sum += c[kept++].p)
+        if (c[kept].p < (float)taste->min_p * c[0].p) break;
     return kept;
 }
 
@@ -2372,20 +2347,19 @@ static void penalize(float *logits, Candidate *old, const Tokens *text, float pe
     }
 }
 
-// The next token; the logits are used up. `text` is what the penalty looks back on.
-static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candidate *candidates,
+// The next token; the logits are used up. c has room for 2n, the penalty looks back on `text`.
+static int pick(float *logits, int n, const Taste *taste, uint64_t *state, Candidate *c,
                 const Tokens *text) {
-    if (taste->penalty != 1) penalize(logits, candidates, text, (float)taste->penalty);
+    if (taste->penalty != 1) penalize(logits, c, text, (float)taste->penalty);
     if (taste->temperature == 0) return most_likely(logits, n);
     softmax(logits, n, (float)taste->temperature);
     float chance = random_float(state), sum = 0, running = 0;
     bool all = !taste->top_k && taste->min_p <= 0 && (taste->top_p <= 0 || taste->top_p >= 1);
     for (int i = 0; all && i < n; i++)
         if ((running += logits[i]) > chance || i == n - 1) return i;
-    int kept = shortlist(candidates, logits, n, taste), i = 0;
-    for (int k = 0; k < kept; k++) sum += candidates[k].p;
-    while (!((running += candidates[i].p) > chance * sum) && i < kept - 1) i++;
-    return candidates[i].id;
+    int kept = shortlist(c, &sum, logits, n, taste), i = 0;
+    while (i < kept - 1 && !((running += c[i].p) > chance * sum)) i++;
+    return c[i].id;
 }
 
 // ------------------------------------------------------------------------------------------------
