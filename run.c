@@ -130,7 +130,8 @@ static File open_file(const char *path, const char *kind) {
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK);  // a FIFO must not hang here
     if (fd < 0 || fstat(fd, &st) != 0) die("%s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode) || st.st_size == 0) die("%s: no regular file, or an empty one", path);
+    if (!S_ISREG(st.st_mode) || st.st_size == 0)
+        die("%s: %s", path, S_ISREG(st.st_mode) ? "the file is empty" : "not a regular file");
     void *at = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
     if (at == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
@@ -642,36 +643,25 @@ typedef struct { FloatPart p[PARTS]; } f32v;
 typedef struct { IntPart p[PARTS]; } i32v;
 
 #define EACH_PART UNROLL for (int k = 0; k < PARTS; k++)
+#define MAP(type, part) { type r; EACH_PART r.p[k] = part; return r; }
 
-INLINE f32v spread(float x) { f32v r; EACH_PART r.p[k] = x - (FloatPart){0}; return r; }
-INLINE i32v spread_int(int32_t x) { i32v r; EACH_PART r.p[k] = x - (IntPart){0}; return r; }
-INLINE f32v add(f32v a, f32v b) { EACH_PART a.p[k] += b.p[k]; return a; }
-INLINE f32v sub(f32v a, f32v b) { EACH_PART a.p[k] -= b.p[k]; return a; }
-INLINE f32v mul(f32v a, f32v b) { EACH_PART a.p[k] *= b.p[k]; return a; }
-INLINE f32v over(f32v a, f32v b) { EACH_PART a.p[k] /= b.p[k]; return a; }
-INLINE f32v as_float(i32v a) { f32v r; EACH_PART r.p[k] = (FloatPart)a.p[k]; return r; }
-INLINE i32v as_int(f32v a) { i32v r; EACH_PART r.p[k] = (IntPart)a.p[k]; return r; }
-INLINE i32v less(f32v a, f32v b) { i32v r; EACH_PART r.p[k] = a.p[k] < b.p[k]; return r; }
+INLINE f32v spread(float x) MAP(f32v, x - (FloatPart){0})
+INLINE i32v spread_int(int32_t x) MAP(i32v, x - (IntPart){0})
+INLINE f32v add(f32v a, f32v b) MAP(f32v, a.p[k] + b.p[k])
+INLINE f32v sub(f32v a, f32v b) MAP(f32v, a.p[k] - b.p[k])
+INLINE f32v mul(f32v a, f32v b) MAP(f32v, a.p[k] * b.p[k])
+INLINE f32v over(f32v a, f32v b) MAP(f32v, a.p[k] / b.p[k])
+INLINE f32v as_float(i32v a) MAP(f32v, (FloatPart)a.p[k])
+INLINE i32v as_int(f32v a) MAP(i32v, (IntPart)a.p[k])
+INLINE i32v less(f32v a, f32v b) MAP(i32v, a.p[k] < b.p[k])
+INLINE f32v magnitude(f32v a) MAP(f32v, (FloatPart)((IntPart)a.p[k] & 0x7fffffff))
 
 // Where the mask has all bits a, where it has none b.
-INLINE f32v choose(i32v mask, f32v a, f32v b) {
-    EACH_PART a.p[k] = (FloatPart)(((IntPart)a.p[k] & mask.p[k]) | ((IntPart)b.p[k] & ~mask.p[k]));
-    return a;
-}
-
+INLINE f32v choose(i32v mask, f32v a, f32v b)
+    MAP(f32v, (FloatPart)(((IntPart)a.p[k] & mask.p[k]) | ((IntPart)b.p[k] & ~mask.p[k])))
 INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
 
-INLINE f32v magnitude(f32v a) {
-    EACH_PART a.p[k] = (FloatPart)((IntPart)a.p[k] & 0x7fffffff);
-    return a;
-}
-
-INLINE i32v load_line(const void *line) {
-    i32v r;
-    EACH_PART r.p[k] = ((const LooseInts *)line)[k];
-    return r;
-}
-
+INLINE i32v load_line(const void *line) MAP(i32v, ((const LooseInts *)line)[k])
 INLINE f32v load_f32(const float *x) { return as_float(load_line(x)); }
 INLINE void store_f32(float *x, f32v v) { EACH_PART ((LooseInts *)x)[k] = (IntPart)v.p[k]; }
 
@@ -804,23 +794,9 @@ INLINE IntPart add_pairs(IntPart sum, IntPart pairs) { return sum + pairs; }
 INLINE IntPart dot_pairs(IntPart pairs, IntPart w, IntPart x) { return dot4(pairs, w, x); }
 #endif
 
-INLINE f32v fma16(f32v a, f32v b, f32v c) {
-    EACH_PART c.p[k] = fused(a.p[k], b.p[k], c.p[k]);
-    return c;
-}
-
-INLINE f32v load_bf16(const uint16_t *x) {
-    f32v r;
-    EACH_PART r.p[k] = wide_bf16(x + k * LANES);
-    return r;
-}
-
-INLINE f32v load_f16(const uint16_t *x) {
-    f32v r;
-    EACH_PART r.p[k] = wide_f16(x + k * LANES);
-    return r;
-}
-
+INLINE f32v fma16(f32v a, f32v b, f32v c) MAP(f32v, fused(a.p[k], b.p[k], c.p[k]))
+INLINE f32v load_bf16(const uint16_t *x) MAP(f32v, wide_bf16(x + k * LANES))
+INLINE f32v load_f16(const uint16_t *x) MAP(f32v, wide_f16(x + k * LANES))
 INLINE void store_f16(uint16_t *x, f32v v) { EACH_PART narrow_f16(x + k * LANES, v.p[k]); }
 
 // The one order in which 16 lanes become one number: lanes 8 apart, then 4, 2 and 1 apart.
@@ -895,8 +871,7 @@ INLINE f32v exponential(f32v x) {
     r = fma16(n, spread(-0x1.7f7d1cp-20f), r);    // that n times it is exact
     static const float series[] = {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1.f, 1.f};
     f32v e = spread(1 / 5040.f);
-    UNROLL for (int i = 0; i < COUNT(series); i++)
-        e = fma16(e, r, spread(series[i]));
+    UNROLL for (int i = 0; i < COUNT(series); i++) e = fma16(e, r, spread(series[i]));
     i32v bits = as_int(e), power = as_int(shifted);
     EACH_PART bits.p[k] += (IntPart)((BitPart)power.p[k] << 23);
     return choose(too_low, spread(0), as_float(bits));
@@ -981,11 +956,8 @@ INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
     return w;
 }
 
-INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
-    EACH_PART sum.p[k] = pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k])
-                               : dot4(sum.p[k], w.p[k], x.p[k]);
-    return sum;
-}
+INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs)
+    MAP(i32v, pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k]) : dot4(sum.p[k], w.p[k], x.p[k]))
 
 // P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer sum). Lanes
 // are rows, so nothing is ever added across lanes.
@@ -1171,8 +1143,7 @@ INLINE void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, 
     p.w = (const uint8_t *)s->w, p.stride = sizeof s->w[0];
     for (; p.c0 < w->cols; p.c0 += COLUMNS) {
         p.cols = least(COLUMNS, w->cols - p.c0);
-        for (int r = 0; r < p.there; r++)
-            widen_row(s->w[r], w, p.first + r, p.c0, p.cols, type);
+        for (int r = 0; r < p.there; r++) widen_row(s->w[r], w, p.first + r, p.c0, p.cols, type);
         float_tiles(&p, n, F32);
     }
 }
