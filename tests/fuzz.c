@@ -104,7 +104,7 @@ static size_t fill_up(uint8_t *data, size_t n) {
     free(m.layers);
     wanted = n == HEADER && wanted <= MOST_BYTES ? wanted : n;
     for (size_t i = n; i < wanted; i++) {
-        uint64_t noise = key_of(&i, sizeof i) >> 40;
+        uint64_t noise = hash(no_bytes, &i, sizeof i) >> 40;
         data[i] = (uint8_t)(i % 4 == 3 ? 0x3c | (noise & 0x83) : noise);  // f32 of around 1
     }
     n = wanted;
