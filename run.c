@@ -244,12 +244,9 @@ typedef enum { NO_SCALING, LINEAR, LLAMA3, SCALINGS } Scaling;  // of RoPE's fre
 typedef enum { F32, BF16, F16, Q8, Q4, TYPES } Type;
 static const char *const type_names[TYPES] = {"f32", "bf16", "f16", "q8", "q4"};
 
-// Weights as they lie in the file; rows go with outputs, columns with inputs.
-typedef struct {
-    Type type;
-    int rows, cols;       // a vector is one row; 0 rows: the model does not have it
-    const uint8_t *data;  // row after row; the quantized types in panels, see room 6
-} Tensor;
+// Weights as they lie in the file, row after row, the quantized types in panels (room 6). Rows go
+// with outputs, columns with inputs; a vector is one row, and what the model does not have is none.
+typedef struct { Type type; int rows, cols; const uint8_t *data; } Tensor;
 
 // Flags: the classifier is the embedding; queries, keys and values have biases, each query and key
 // head an RMSNorm; RoPE turns pairs (2i, 2i + 1), otherwise (i, i + head_dim/2).
@@ -1060,23 +1057,19 @@ INLINE void widen_row(float *out, const Tensor *w, int row, int c0, int n, Type 
 enum { F_ROWS = 4, COLUMNS = 1024 };
 
 // What a thread needs of its own to multiply by float weights: COLUMNS columns of a unit's rows as
-// floats (the odd stride keeps rows out of each other's cache sets), and the sums so far.
-typedef struct {
-    float w[UNIT][COLUMNS + WIDTH];
-    f32v *sums;  // (n, UNIT)
-} Scratch;
+// floats (the odd stride keeps rows out of each other's cache sets), and (n, UNIT) sums so far.
+typedef struct { float w[UNIT][COLUMNS + WIDTH]; f32v *sums; } Scratch;
 
 // A part of a product: columns c0 to c0 + cols of a unit. Its rows lie from `w` on, in the file or,
 // as floats, in the scratch; sums begin at the first column and are joined after the last.
 typedef struct {
     float *out;
-    const Tensor *tensor;
-    int first, there;  // row of the tensor; rows there are
-    const uint8_t *w;
-    size_t stride;     // from row to row, in bytes
-    const float *x;    // (n, tensor->cols)
-    int c0, cols;
+    const float *x;              // (n, tensor->cols)
     f32v *sums;
+    const Tensor *tensor;
+    int first, there, c0, cols;  // row of the tensor, rows there are
+    const uint8_t *w;
+    size_t stride;               // from row to row, in bytes
 } Part;
 
 // F_ROWS rows from r on by T tokens from t on. Rows that are not there repeat the last.
@@ -1155,7 +1148,12 @@ static size_t byte_of(Type type, int row, int i) {
 static int shift_of(Type type, int i) { return type == Q8 ? 0 : i / 4 % 2 * 4; }
 static int zero_of(Type type) { return type == Q8 ? 128 : Q4_ZERO; }
 
-static void unpack_quantized_row(float *out, const Tensor *w, int row) {
+// One row as floats.
+static void unpack_row(float *out, const Tensor *w, int row) {
+    if (!is_quantized(w->type)) {
+        widen_row(out, w, row, 0, w->cols, w->type);
+        return;
+    }
     const uint8_t *panel = w->data + (size_t)(row / PANEL) * panel_bytes(w->type, w->cols);
     const uint8_t *scales = panel + line_bytes(w->type, w->cols) + row % PANEL * 2;
     for (int i = 0; i < w->cols; i++) {
@@ -1167,34 +1165,20 @@ static void unpack_quantized_row(float *out, const Tensor *w, int row) {
     }
 }
 
-// One row as floats.
-static void unpack_row(float *out, const Tensor *w, int row) {
-    if (is_quantized(w->type)) unpack_quantized_row(out, w, row);
-    else widen_row(out, w, row, 0, w->cols, w->type);
-}
-
 // Rows of one unit of out(n, rows) = in(n, cols) w(rows, cols)^T.
 static void multiply_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n,
                           Scratch *s) {
-    switch (w->type) {
-    case F32:  float_unit(out, w, unit, in, n, s, F32);  break;
-    case BF16: float_unit(out, w, unit, in, n, s, BF16); break;
-    case F16:  float_unit(out, w, unit, in, n, s, F16);  break;
-    case Q8:   q_unit(out, w, unit, in, n, Q8);          break;
-    case Q4:   q_unit(out, w, unit, in, n, Q4);          break;
-    case TYPES: break;
-    }
+    if (w->type == F32) float_unit(out, w, unit, in, n, s, F32);
+    else if (w->type == BF16) float_unit(out, w, unit, in, n, s, BF16);
+    else if (w->type == F16) float_unit(out, w, unit, in, n, s, F16);
+    else if (w->type == Q8) q_unit(out, w, unit, in, n, Q8);
+    else q_unit(out, w, unit, in, n, Q4);
 }
 
 // out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products of the same
 // inputs are done as one job, for fewer meetings of the threads.
 typedef struct { float *out; const Tensor *w; } Product;
-typedef struct {
-    Product product[3];
-    int count, n;
-    const Inputs *in;
-    Scratch *scratch;  // (threads)
-} Matmul;
+typedef struct { Product product[3]; int count, n; const Inputs *in; Scratch *scratch; } Matmul;
 
 static int unit_count(const Tensor *w) { return (int)((size_t)(w->rows + UNIT - 1) / UNIT); }
 

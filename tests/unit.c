@@ -523,7 +523,7 @@ static void q4_is_never_worse_than_max_over_7_and_on_the_whole_better(void) {
         for (int i = 0; i < GROUP; i++)
             x[i] = random_number(&seed) * (i == k % 64 ? 4 : 1);
         Tensor w = new_tensor(Q4, 1, GROUP, x);
-        unpack_quantized_row(back, &w, 0);
+        unpack_row(back, &w, 0);
         for (int i = 0; i < GROUP; i++)
             error += (double)(x[i] - back[i]) * (double)(x[i] - back[i]);
         EXPECT(error <= plain_q4_error(x) * 1.00001);
