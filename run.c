@@ -2087,9 +2087,9 @@ typedef struct {
     const uint8_t *text, *run;  // between two user-defined tokens; n bytes of it, being joined
     size_t size, n;
     uint8_t *class;             // (size + 1) 1 << class of a character where it begins, else 0
-    Symbol *symbol;             // (n + 1) each where it begins
+    Symbol *symbol;             // (n + 1) each where it begins; behind them, in the same memory:
     uint64_t *best;             // (2 n) a tree: the smaller order of joins of 2 i and 2 i + 1 at i
-    size_t symbol_room, best_room;
+    size_t room;
 } Encoder;
 
 // The end of at most `most` characters of some classes.
@@ -2153,11 +2153,10 @@ static void consider(Encoder *e, uint32_t at) {
 // no token in the end: with merges, which join nothing but tokens, at once.
 static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
     const Tokenizer *t = e->tokenizer;
-    grow((void **)&e->symbol, &e->symbol_room, n + 1, sizeof *e->symbol);
-    grow((void **)&e->best, &e->best_room, 2 * n, sizeof *e->best);
-    memset(e->best, -1, 2 * n * sizeof *e->best);
-    e->run = run, e->n = n;
+    grow((void **)&e->symbol, &e->room, 2 * n + 1, sizeof *e->symbol);
     Symbol *s = e->symbol;
+    e->run = run, e->n = n, e->best = (uint64_t *)(s + n + 1);
+    memset(e->best, -1, 2 * n * sizeof *e->best);
     for (uint32_t at = 0, last = 0; at < n; last = at, at = s[at].end) {
         const uint8_t *p = run + at, *next = p;
         uint64_t found = 0;
@@ -2186,28 +2185,28 @@ static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
 
 // Text between user-defined tokens. A piece falls into runs wherever two bytes meet that stand
 // together in no token: nothing is joined across, and a run stays in the first cache.
-static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t n) {
-    const TokenizerHeader *h = &e->tokenizer->header;
+static void encode_section(Tokens *out, const Tokenizer *t, const uint8_t *text, size_t n) {
+    const TokenizerHeader *h = &t->header;
     Bytes composed = {0};
     size_t plain = h->flags & NFC ? 0 : n;
     while (plain < n && text[plain] < 0xCC) plain++;  // nothing below U+0300 combines
-    if (plain < n) composed = compose(e->tokenizer, text, n);
+    if (plain < n) composed = compose(t, text, n);
     if (composed.n) text = (uint8_t *)composed.at, n = composed.n;
     if (n >= UINT32_MAX) die("a text of %zu bytes is too long", n);  // symbols count the bytes
-    e->text = text, e->size = n, e->class = NEW(uint8_t, n + 1);
-    e->class[n] = END;
+    Encoder e = {.tokenizer = t, .text = text, .size = n, .class = NEW(uint8_t, n + 1)};
+    e.class[n] = END;
     for (const uint8_t *p = text, *from = p; h->rule && p < text + n; from = p)
-        e->class[from - text] = (uint8_t)(1 << e->tokenizer->class[next_code(&p, text + n)]);
+        e.class[from - text] = (uint8_t)(1 << t->class[next_code(&p, text + n)]);
     for (size_t at = 0, end; at < n; at = end) {
-        end = h->rule ? piece_end(e, at) : n;
-        uint64_t whole = h->flags & TAKES_WHOLE ? find_token(e->tokenizer, text + at, end - at) : 0;
+        end = h->rule ? piece_end(&e, at) : n;
+        uint64_t whole = h->flags & TAKES_WHOLE ? find_token(t, text + at, end - at) : 0;
         if (whole) push(out, (int)whole);
         for (size_t from = at; from < end && !whole; from = at) {
-            for (at++; at < end && e->tokenizer->joined[text[at - 1]][text[at]]; at++) {}
-            join_run(out, e, text + from, at - from);
+            for (at++; at < end && t->joined[text[at - 1]][text[at]]; at++) {}
+            join_run(out, &e, text + from, at - from);
         }
     }
-    free(composed.at), free(e->class);
+    free(composed.at), free(e.class), free(e.symbol);
 }
 
 // The longest user-defined token that the text begins with, NULL if there is none.
@@ -2231,14 +2230,13 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
         *last = sign ? ' ' : (uint8_t)*text;
         text += sign ? 3 : 1;
     }
-    Encoder e = {.tokenizer = t};
     const Token *token;
     for (const uint8_t *p = spaced, *from = p; p < last; from = p) {
         for (token = NULL; p < last && !(token = find_user_defined(t, p, (size_t)(last - p)));) p++;
-        encode_section(out, &e, from, (size_t)(p - from));
+        encode_section(out, t, from, (size_t)(p - from));
         if (token) push(out, (int)(token - t->token)), p += token->n;
     }
-    free(e.symbol), free(e.best), free(spaced);
+    free(spaced);
 }
 
 // Ids go in one by one, bytes come out once they are a character or can never be one: until then
