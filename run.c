@@ -1909,8 +1909,6 @@ static void append_code(Bytes *out, uint32_t code) {
     append(out, c, n);
 }
 
-// ---- Reading the file
-
 static void check_header(const File *f, const TokenizerHeader *h, int vocab_size) {
     double last = h->n_tokens - 1.0;
     check(f, "version", h->version, 1, 1);
@@ -1950,9 +1948,8 @@ static void read_tokens(Tokenizer *t, size_t at, bool own) {
             *k = (Token){&k->byte, 1, BYTE, (char)(id - 3)};
         if (type < NORMAL || type > BYTE || score != score || (n == 0) != (type == UNUSED)
             || (type == BYTE && n > 1) || (type == USER_DEFINED && n > LONGEST_USER_DEFINED))
-            die("%s: token %u: type %u, score %g, %zu bytes; wanted type 1 to 6, a number, and 0 "
-                "bytes for type 5, 1 for type 6, at most %d for type 4, else above 0", f->path, id,
-                type, (double)score, n, LONGEST_USER_DEFINED);
+            die("%s: token %u: type %u of 1 to 6, score %g, %zu bytes, of which type 4 has 1 to "
+                "%d, 5 none, 6 one", f->path, id, type, (double)score, n, LONGEST_USER_DEFINED);
         if (k->type != NORMAL && k->type != USER_DEFINED) continue;
         for (size_t i = 1; i < n; i++) t->joined[p[i - 1]][p[i]] = true;
         if (type == USER_DEFINED && n > t->user_defined[*p]) t->user_defined[*p] = (uint8_t)n;
@@ -2051,9 +2048,8 @@ static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth)
     if (parts) decompose(out, t, (uint32_t)(parts >> 32), depth - 1);
     if (parts && !(code = (uint32_t)parts)) return;
     push(out, (int)code);
-    if (t->mark[code] == 0) return;
     int *c = out->at + out->n - 1, *end = out->n > MOST_MARKS ? c - MOST_MARKS : out->at;
-    for (; c > end && t->mark[c[-1]] > t->mark[code]; c--) *c = c[-1];
+    for (; c > end && t->mark[code] && t->mark[c[-1]] > t->mark[code]; c--) *c = c[-1];
     *c = (int)code;
 }
 
@@ -2076,8 +2072,6 @@ static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
     free(codes.at);
     return out;
 }
-
-// ---- Encoding: cutting text into pieces, joining symbols
 
 // Where the next symbol begins, and the one before; its token, and that of it and the next one.
 typedef struct { uint32_t end, previous; int id, both; } Symbol;
@@ -2144,9 +2138,9 @@ static void consider(Encoder *e, uint32_t at) {
         found = t->header.n_merges ? find(t, pair((uint32_t)s->id, (uint32_t)next->id))
                                    : find_token(t, e->run + at, next->end - at);
     s->both = (int)found;
-    size_t i = at + e->n;
-    best[i] = found ? pair((uint32_t)(found >> 32), at) : UINT64_MAX;
-    for (; i > 1; i /= 2) best[i / 2] = best[i] < best[i ^ 1] ? best[i] : best[i ^ 1];
+    best[at + e->n] = found ? pair((uint32_t)(found >> 32), at) : UINT64_MAX;
+    for (size_t i = at + e->n; i > 1; i /= 2)
+        best[i / 2] = best[i] < best[i ^ 1] ? best[i] : best[i ^ 1];
 }
 
 // Neighbours become one token, the best pair first, of equals the leftmost. Bytes stand for what is
@@ -2159,9 +2153,8 @@ static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
     memset(e->best, -1, 2 * n * sizeof *e->best);
     for (uint32_t at = 0, last = 0; at < n; last = at, at = s[at].end) {
         const uint8_t *p = run + at, *next = p;
-        uint64_t found = 0;
         if (t->header.kind == SENTENCEPIECE) next_code(&next, run + n);
-        if (next > p + 1) found = find_token(t, p, (size_t)(next - p));
+        uint64_t found = next > p + 1 ? find_token(t, p, (size_t)(next - p)) : 0;
         bool byte = next <= p + 1 || (!found && t->header.n_merges);
         int id = found ? (int)found : byte ? t->byte_token[*p] : NONE;
         s[at] = (Symbol){byte ? at + 1 : (uint32_t)(next - run), last, id, NONE};
@@ -2222,9 +2215,8 @@ static const Token *find_user_defined(const Tokenizer *t, const uint8_t *text, s
 
 // Append the ids of any n bytes to out: no BOS, and no control tokens, whatever the text says.
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) {
-    if (n == 0) return;
     uint8_t *spaced = NEW(uint8_t, n + 1), *last = spaced;
-    if (t->header.flags & DUMMY_PREFIX) *last++ = ' ';
+    if (n && t->header.flags & DUMMY_PREFIX) *last++ = ' ';
     for (const char *end = text + n; text < end; last++) {  // U+2581 is the vocabulary's space
         bool sign = t->header.kind == SENTENCEPIECE && end - text > 2 && !memcmp(text, "\u2581", 3);
         *last = sign ? ' ' : (uint8_t)*text;
@@ -2241,27 +2233,24 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
 
 // Ids go in one by one, bytes come out once they are a character or can never be one: until then
 // they are held.
-typedef struct { const Tokenizer *tokenizer; uint8_t held[4]; size_t n_held; bool begun; } Decoder;
+typedef struct { const Tokenizer *tokenizer; char held[4]; size_t n_held; bool begun; } Decoder;
 
 static void decode(Bytes *out, Decoder *d, int id) {
     Token k = piece(d->tokenizer, id);
     bool prefix = !d->begun && d->tokenizer->header.flags & DUMMY_PREFIX && k.n && *k.at == ' ';
     d->begun |= k.n > 0;
     for (size_t i = prefix; i < k.n; i++) {
-        d->held[d->n_held++] = (uint8_t)k.at[i];
-        const uint8_t *from = d->held, *p = from, *end = p + d->n_held;
+        d->held[d->n_held++] = k.at[i];
+        const uint8_t *held = (uint8_t *)d->held, *from = held, *p = held, *end = p + d->n_held;
         while (p < end && next_code(&p, end) < CUT_SHORT) from = p;
-        append(out, (char *)d->held, (size_t)(from - d->held));
+        append(out, d->held, (size_t)(from - held));
         d->n_held = (size_t)(end - from);
         memmove(d->held, from, d->n_held);
     }
 }
 
 // The end of the text: what is held has no more to wait for.
-static void flush(Bytes *out, Decoder *d) {
-    append(out, (char *)d->held, d->n_held);
-    d->n_held = 0;
-}
+static void flush(Bytes *out, Decoder *d) { append(out, d->held, d->n_held), d->n_held = 0; }
 
 // ------------------------------------------------------------------------------------------------
 // 10. The sampler: logits to one token
