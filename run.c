@@ -1858,9 +1858,8 @@ static uint64_t hash(uint64_t h, const void *bytes, size_t n) {
 
 // The entry of a key, or the free one where it belongs.
 static struct Entry *probe(const Tokenizer *t, uint64_t key) {
-    const uint64_t odd = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
-    uint64_t h = key * odd;
-    h = (h ^ h >> 32) * odd >> 32;
+    const uint64_t odd = 0x9E3779B97F4A7C15, mixed = key * odd;  // 2^64 / golden ratio
+    const uint64_t h = (mixed ^ mixed >> 32) * odd >> 32;
     for (size_t i = 0; i < MOST_PROBES; i++) {
         struct Entry *e = &t->entry[(h + i) & t->mask];
         if (e->value == 0 || e->key == key) return e;
@@ -2017,10 +2016,10 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
     size_t start = own ? sizeof *h : 4;  // llama2.c's longest length: not needed
     size_t classes = 3 * (size_t)h->n_merges, marks = classes + 2 * (size_t)h->n_classes;
     size_t compositions = marks + 2 * (size_t)h->n_marks;
-    size_t tokens = start + 4 * (compositions + 3 * (size_t)h->n_compositions);
+    size_t words = compositions + 3 * (size_t)h->n_compositions, tokens = start + 4 * words;
     check(f, "number of bytes in front of the tokens", (double)tokens, 0, (double)f->size);
-    size_t pairs = (size_t)h->n_merges + h->n_compositions + (h->flags & NFC ? SYLLABLES : 0);
-    while (t.mask < 3 * pairs + 2 * (size_t)h->n_tokens) t.mask += t.mask + 1;  // 2/3 full or less
+    size_t keys = words + 2 * (size_t)h->n_tokens + (h->flags & NFC ? 3 * SYLLABLES : 0);
+    while (t.mask < keys) t.mask += t.mask + 1;  // a row of 3 words has 2 keys at most: 2/3 full
     t.entry = NEW(struct Entry, t.mask + 1);
     const uint32_t *rows = (const void *)(f->at + start);
     read_tokens(&t, tokens, own);
@@ -2079,11 +2078,10 @@ typedef struct { uint32_t end, previous; int id, both; } Symbol;
 typedef struct {
     const Tokenizer *tokenizer;
     const uint8_t *text, *run;  // between two user-defined tokens; n bytes of it, being joined
-    size_t size, n;
+    size_t size, n, room;
     uint8_t *class;             // (size + 1) 1 << class of a character where it begins, else 0
     Symbol *symbol;             // (n + 1) each where it begins; behind them, in the same memory:
     uint64_t *best;             // (2 n) a tree: the smaller order of joins of 2 i and 2 i + 1 at i
-    size_t room;
 } Encoder;
 
 // The end of at most `most` characters of some classes.
@@ -2133,10 +2131,9 @@ static size_t piece_end(const Encoder *e, size_t at) {
 static void consider(Encoder *e, uint32_t at) {
     const Tokenizer *t = e->tokenizer;
     Symbol *s = &e->symbol[at], *next = &e->symbol[s->end];
-    uint64_t found = 0, *best = e->best;
-    if (s->end < e->n)
-        found = t->header.n_merges ? find(t, pair((uint32_t)s->id, (uint32_t)next->id))
-                                   : find_token(t, e->run + at, next->end - at);
+    uint64_t *best = e->best, found = s->end >= e->n ? 0
+        : t->header.n_merges ? find(t, pair((uint32_t)s->id, (uint32_t)next->id))
+                             : find_token(t, e->run + at, next->end - at);
     s->both = (int)found;
     best[at + e->n] = found ? pair((uint32_t)(found >> 32), at) : UINT64_MAX;
     for (size_t i = at + e->n; i > 1; i /= 2)
@@ -2231,8 +2228,7 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
     free(spaced);
 }
 
-// Ids go in one by one, bytes come out once they are a character or can never be one: until then
-// they are held.
+// Bytes come out once they are a character or can never be one, and are held until then.
 typedef struct { const Tokenizer *tokenizer; char held[4]; size_t n_held; bool begun; } Decoder;
 
 static void decode(Bytes *out, Decoder *d, int id) {
