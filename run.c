@@ -1778,7 +1778,6 @@ enum { SENTENCEPIECE, BYTE_LEVEL };                                 // kinds
 enum { ADDS_BOS = 1, DUMMY_PREFIX = 2, TAKES_WHOLE = 4, NFC = 8 };  // flags
 enum { NO_RULE, LLAMA3_RULE, QWEN2_RULE, GPT2_RULE, SMOLLM_RULE };  // for cutting text
 enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };  // types of tokens
-// 1 << class of a character: 0 to 3 are in the file
 enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32, END = 64 };
 enum {
     UNICODE = 0x110000,          // codes end here; behind are those of bytes in no character
@@ -1791,7 +1790,7 @@ enum {
 };
 
 // How the file begins. Merges (left, right, joined), classes and marks (first code, value) and
-// compositions (whole, first, second) follow, as rows of u32, then the tokens.
+// compositions (whole, first, second) follow as rows of u32, then the tokens.
 typedef struct {
     char magic[8];
     uint32_t version, kind, n_tokens, flags, rule, chat;
@@ -1813,7 +1812,7 @@ typedef struct {
     int byte_token[256];        // what a byte alone becomes, or NONE
     struct Entry { uint64_t key, value; } *entry;  // (mask + 1) a hash table; value 0: free
     size_t mask;
-    uint8_t *class, *mark;      // (CODES) for the rules; canonical combining classes, for NFC
+    uint8_t *class, *mark;      // (CODES) OTHER is 1 << 0, ..; canonical combining class, for NFC
     uint8_t user_defined[256];  // length of the longest such token that begins with this byte
     bool joined[256][256];      // whether some token has these two bytes side by side
 } Tokenizer;
@@ -2018,8 +2017,8 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
     size_t compositions = marks + 2 * (size_t)h->n_marks;
     size_t words = compositions + 3 * (size_t)h->n_compositions, tokens = start + 4 * words;
     check(f, "number of bytes in front of the tokens", (double)tokens, 0, (double)f->size);
-    size_t keys = words + 2 * (size_t)h->n_tokens + (h->flags & NFC ? 3 * SYLLABLES : 0);
-    while (t.mask < keys) t.mask += t.mask + 1;  // a row of 3 words has 2 keys at most: 2/3 full
+    size_t wanted = words + 2 * (size_t)h->n_tokens + (h->flags & NFC ? 3 * SYLLABLES : 0);
+    while (t.mask < wanted) t.mask += t.mask + 1;  // a row of 3 words has 2 keys at most: 2/3 full
     t.entry = NEW(struct Entry, t.mask + 1);
     const uint32_t *rows = (const void *)(f->at + start);
     read_tokens(&t, tokens, own);
@@ -2036,8 +2035,7 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
 }
 
 static void close_tokenizer(Tokenizer *t) {
-    free(t->token), free(t->entry), free(t->class), free(t->mark);
-    close_file(&t->file);
+    free(t->token), free(t->entry), free(t->class), free(t->mark), close_file(&t->file);
 }
 
 // Append the parts of a character, of which only the first has parts itself. A mark goes in front
