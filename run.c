@@ -1865,7 +1865,6 @@ static struct Entry *probe(const Tokenizer *t, uint64_t key) {
     }
     die("%s: broken: %d of its keys collide", t->file.path, MOST_PROBES);
 }
-
 static uint64_t find(const Tokenizer *t, uint64_t key) { return probe(t, key)->value; }
 
 // Of values with the same key the first stays.
@@ -1883,12 +1882,11 @@ static uint64_t find_token(const Tokenizer *t, const uint8_t *bytes, size_t n) {
 // The code at *at, which moves on; of a byte outside any character UNICODE + byte, or CUT_SHORT +
 // byte if all up to `end` may begin one. (The Unicode Standard, table 3-7.)
 static uint32_t next_code(const uint8_t **at, const uint8_t *end) {
-    const uint8_t *p = *at, first = *p++;
+    const uint8_t *p = (*at)++, first = *p++;
     uint8_t least = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;  // of the second byte
     uint8_t most = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
     int more = first < 0x80 ? 0 : first < 0xE0 ? 1 : first < 0xF0 ? 2 : 3;
     uint32_t code = more ? first & (0x3F >> more) : first;
-    *at = p;
     if ((first >= 0x80 && first < 0xC2) || first > 0xF4) return UNICODE + first;
     for (; more > 0; more--, least = 0x80, most = 0xBF) {
         if (p == end) return CUT_SHORT + first;
