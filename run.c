@@ -1733,7 +1733,6 @@ enum { SENTENCEPIECE, BYTE_LEVEL };                                 // kinds
 enum { ADDS_BOS = 1, DUMMY_PREFIX = 2, TAKES_WHOLE = 4, NFC = 8 };  // flags
 enum { NO_RULE, LLAMA3_RULE, QWEN2_RULE, GPT2_RULE, SMOLLM_RULE };  // for cutting text
 enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };  // types of tokens
-// 1 << class of a character: 0 to 3 are in the file
 enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, SPACE = 16, LINE_END = 32, END = 64 };
 enum {
     UNICODE = 0x110000,          // codes end here; behind are those of bytes in no character
@@ -1746,7 +1745,7 @@ enum {
 };
 
 // How the file begins. Merges (left, right, joined), classes and marks (first code, value) and
-// compositions (whole, first, second) follow, as rows of u32, then the tokens.
+// compositions (whole, first, second) follow as rows of u32, then the tokens.
 typedef struct {
     char magic[8];
     uint32_t version, kind, n_tokens, flags, rule, chat;
@@ -1768,7 +1767,7 @@ typedef struct {
     int byte_token[256];        // what a byte alone becomes, or NONE
     struct Entry { uint64_t key, value; } *entry;  // (mask + 1) a hash table; value 0: free
     size_t mask;
-    uint8_t *class, *mark;      // (CODES) for the rules; canonical combining classes, for NFC
+    uint8_t *class, *mark;      // (CODES) OTHER is 1 << 0, ..; canonical combining class, for NFC
     uint8_t user_defined[256];  // length of the longest such token that begins with this byte
     bool joined[256][256];      // whether some token has these two bytes side by side
 } Tokenizer;
@@ -1813,16 +1812,14 @@ static uint64_t hash(uint64_t h, const void *bytes, size_t n) {
 
 // The entry of a key, or the free one where it belongs.
 static struct Entry *probe(const Tokenizer *t, uint64_t key) {
-    const uint64_t odd = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
-    uint64_t h = key * odd;
-    h = (h ^ h >> 32) * odd >> 32;
+    const uint64_t odd = 0x9E3779B97F4A7C15, mixed = key * odd;  // 2^64 / golden ratio
+    const uint64_t h = (mixed ^ mixed >> 32) * odd >> 32;
     for (size_t i = 0; i < MOST_PROBES; i++) {
         struct Entry *e = &t->entry[(h + i) & t->mask];
         if (e->value == 0 || e->key == key) return e;
     }
     die("%s: broken: %d of its keys collide", t->file.path, MOST_PROBES);
 }
-
 static uint64_t find(const Tokenizer *t, uint64_t key) { return probe(t, key)->value; }
 
 // Of values with the same key the first stays.
@@ -1840,12 +1837,11 @@ static uint64_t find_token(const Tokenizer *t, const uint8_t *bytes, size_t n) {
 // The code at *at, which moves on; of a byte outside any character UNICODE + byte, or CUT_SHORT +
 // byte if all up to `end` may begin one. (The Unicode Standard, table 3-7.)
 static uint32_t next_code(const uint8_t **at, const uint8_t *end) {
-    const uint8_t *p = *at, first = *p++;
+    const uint8_t *p = (*at)++, first = *p++;
     uint8_t least = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;  // of the second byte
     uint8_t most = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
     int more = first < 0x80 ? 0 : first < 0xE0 ? 1 : first < 0xF0 ? 2 : 3;
     uint32_t code = more ? first & (0x3F >> more) : first;
-    *at = p;
     if ((first >= 0x80 && first < 0xC2) || first > 0xF4) return UNICODE + first;
     for (; more > 0; more--, least = 0x80, most = 0xBF) {
         if (p == end) return CUT_SHORT + first;
@@ -1863,8 +1859,6 @@ static void append_code(Bytes *out, uint32_t code) {
     c[0] = (char)(n > 1 ? 0xF00 >> n | code : code);  // the low byte of UNICODE is 0
     append(out, c, n);
 }
-
-// ---- Reading the file
 
 static void check_header(const File *f, const TokenizerHeader *h, int vocab_size) {
     double last = h->n_tokens - 1.0;
@@ -1905,9 +1899,8 @@ static void read_tokens(Tokenizer *t, size_t at, bool own) {
             *k = (Token){&k->byte, 1, BYTE, (char)(id - 3)};
         if (type < NORMAL || type > BYTE || score != score || (n == 0) != (type == UNUSED)
             || (type == BYTE && n > 1) || (type == USER_DEFINED && n > LONGEST_USER_DEFINED))
-            die("%s: token %u: type %u, score %g, %zu bytes; wanted type 1 to 6, a number, and 0 "
-                "bytes for type 5, 1 for type 6, at most %d for type 4, else above 0", f->path, id,
-                type, (double)score, n, LONGEST_USER_DEFINED);
+            die("%s: token %u: type %u of 1 to 6, score %g, %zu bytes, of which type 4 has 1 to "
+                "%d, 5 none, 6 one", f->path, id, type, (double)score, n, LONGEST_USER_DEFINED);
         if (k->type != NORMAL && k->type != USER_DEFINED) continue;
         for (size_t i = 1; i < n; i++) t->joined[p[i - 1]][p[i]] = true;
         if (type == USER_DEFINED && n > t->user_defined[*p]) t->user_defined[*p] = (uint8_t)n;
@@ -1975,10 +1968,10 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
     size_t start = own ? sizeof *h : 4;  // llama2.c's longest length: not needed
     size_t classes = 3 * (size_t)h->n_merges, marks = classes + 2 * (size_t)h->n_classes;
     size_t compositions = marks + 2 * (size_t)h->n_marks;
-    size_t tokens = start + 4 * (compositions + 3 * (size_t)h->n_compositions);
+    size_t words = compositions + 3 * (size_t)h->n_compositions, tokens = start + 4 * words;
     check(f, "number of bytes in front of the tokens", (double)tokens, 0, (double)f->size);
-    size_t pairs = (size_t)h->n_merges + h->n_compositions + (h->flags & NFC ? SYLLABLES : 0);
-    while (t.mask < 3 * pairs + 2 * (size_t)h->n_tokens) t.mask += t.mask + 1;  // 2/3 full or less
+    size_t wanted = words + 2 * (size_t)h->n_tokens + (h->flags & NFC ? 3 * SYLLABLES : 0);
+    while (t.mask < wanted) t.mask += t.mask + 1;  // a row of 3 words has 2 keys at most: 2/3 full
     t.entry = NEW(struct Entry, t.mask + 1);
     const uint32_t *rows = (const void *)(f->at + start);
     read_tokens(&t, tokens, own);
@@ -1995,8 +1988,7 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
 }
 
 static void close_tokenizer(Tokenizer *t) {
-    free(t->token), free(t->entry), free(t->class), free(t->mark);
-    close_file(&t->file);
+    free(t->token), free(t->entry), free(t->class), free(t->mark), close_file(&t->file);
 }
 
 // Append the parts of a character, of which only the first has parts itself. A mark goes in front
@@ -2006,9 +1998,8 @@ static void decompose(Tokens *out, const Tokenizer *t, uint32_t code, int depth)
     if (parts) decompose(out, t, (uint32_t)(parts >> 32), depth - 1);
     if (parts && !(code = (uint32_t)parts)) return;
     push(out, (int)code);
-    if (t->mark[code] == 0) return;
     int *c = out->at + out->n - 1, *end = out->n > MOST_MARKS ? c - MOST_MARKS : out->at;
-    for (; c > end && t->mark[c[-1]] > t->mark[code]; c--) *c = c[-1];
+    for (; c > end && t->mark[code] && t->mark[c[-1]] > t->mark[code]; c--) *c = c[-1];
     *c = (int)code;
 }
 
@@ -2032,19 +2023,16 @@ static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
     return out;
 }
 
-// ---- Encoding: cutting text into pieces, joining symbols
-
 // Where the next symbol begins, and the one before; its token, and that of it and the next one.
 typedef struct { uint32_t end, previous; int id, both; } Symbol;
 
 typedef struct {
     const Tokenizer *tokenizer;
     const uint8_t *text, *run;  // between two user-defined tokens; n bytes of it, being joined
-    size_t size, n;
+    size_t size, n, room;
     uint8_t *class;             // (size + 1) 1 << class of a character where it begins, else 0
-    Symbol *symbol;             // (n + 1) each where it begins
+    Symbol *symbol;             // (n + 1) each where it begins; behind them, in the same memory:
     uint64_t *best;             // (2 n) a tree: the smaller order of joins of 2 i and 2 i + 1 at i
-    size_t symbol_room, best_room;
 } Encoder;
 
 // The end of at most `most` characters of some classes.
@@ -2094,30 +2082,27 @@ static size_t piece_end(const Encoder *e, size_t at) {
 static void consider(Encoder *e, uint32_t at) {
     const Tokenizer *t = e->tokenizer;
     Symbol *s = &e->symbol[at], *next = &e->symbol[s->end];
-    uint64_t found = 0, *best = e->best;
-    if (s->end < e->n)
-        found = t->header.n_merges ? find(t, pair((uint32_t)s->id, (uint32_t)next->id))
-                                   : find_token(t, e->run + at, next->end - at);
+    uint64_t *best = e->best, found = s->end >= e->n ? 0
+        : t->header.n_merges ? find(t, pair((uint32_t)s->id, (uint32_t)next->id))
+                             : find_token(t, e->run + at, next->end - at);
     s->both = (int)found;
-    size_t i = at + e->n;
-    best[i] = found ? pair((uint32_t)(found >> 32), at) : UINT64_MAX;
-    for (; i > 1; i /= 2) best[i / 2] = best[i] < best[i ^ 1] ? best[i] : best[i ^ 1];
+    best[at + e->n] = found ? pair((uint32_t)(found >> 32), at) : UINT64_MAX;
+    for (size_t i = at + e->n; i > 1; i /= 2)
+        best[i / 2] = best[i] < best[i ^ 1] ? best[i] : best[i ^ 1];
 }
 
 // Neighbours become one token, the best pair first, of equals the leftmost. Bytes stand for what is
 // no token in the end: with merges, which join nothing but tokens, at once.
 static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
     const Tokenizer *t = e->tokenizer;
-    grow((void **)&e->symbol, &e->symbol_room, n + 1, sizeof *e->symbol);
-    grow((void **)&e->best, &e->best_room, 2 * n, sizeof *e->best);
-    memset(e->best, -1, 2 * n * sizeof *e->best);
-    e->run = run, e->n = n;
+    grow((void **)&e->symbol, &e->room, 2 * n + 1, sizeof *e->symbol);
     Symbol *s = e->symbol;
+    e->run = run, e->n = n, e->best = (uint64_t *)(s + n + 1);
+    memset(e->best, -1, 2 * n * sizeof *e->best);
     for (uint32_t at = 0, last = 0; at < n; last = at, at = s[at].end) {
         const uint8_t *p = run + at, *next = p;
-        uint64_t found = 0;
         if (t->header.kind == SENTENCEPIECE) next_code(&next, run + n);
-        if (next > p + 1) found = find_token(t, p, (size_t)(next - p));
+        uint64_t found = next > p + 1 ? find_token(t, p, (size_t)(next - p)) : 0;
         bool byte = next <= p + 1 || (!found && t->header.n_merges);
         int id = found ? (int)found : byte ? t->byte_token[*p] : NONE;
         s[at] = (Symbol){byte ? at + 1 : (uint32_t)(next - run), last, id, NONE};
@@ -2141,28 +2126,28 @@ static void join_run(Tokens *out, Encoder *e, const uint8_t *run, size_t n) {
 
 // Text between user-defined tokens. A piece falls into runs wherever two bytes meet that stand
 // together in no token: nothing is joined across, and a run stays in the first cache.
-static void encode_section(Tokens *out, Encoder *e, const uint8_t *text, size_t n) {
-    const TokenizerHeader *h = &e->tokenizer->header;
+static void encode_section(Tokens *out, const Tokenizer *t, const uint8_t *text, size_t n) {
+    const TokenizerHeader *h = &t->header;
     Bytes composed = {0};
     size_t plain = h->flags & NFC ? 0 : n;
     while (plain < n && text[plain] < 0xCC) plain++;  // nothing below U+0300 combines
-    if (plain < n) composed = compose(e->tokenizer, text, n);
+    if (plain < n) composed = compose(t, text, n);
     if (composed.n) text = (uint8_t *)composed.at, n = composed.n;
     if (n >= UINT32_MAX) die("a text of %zu bytes is too long", n);  // symbols count the bytes
-    e->text = text, e->size = n, e->class = NEW(uint8_t, n + 1);
-    e->class[n] = END;
+    Encoder e = {.tokenizer = t, .text = text, .size = n, .class = NEW(uint8_t, n + 1)};
+    e.class[n] = END;
     for (const uint8_t *p = text, *from = p; h->rule && p < text + n; from = p)
-        e->class[from - text] = (uint8_t)(1 << e->tokenizer->class[next_code(&p, text + n)]);
+        e.class[from - text] = (uint8_t)(1 << t->class[next_code(&p, text + n)]);
     for (size_t at = 0, end; at < n; at = end) {
-        end = h->rule ? piece_end(e, at) : n;
-        uint64_t whole = h->flags & TAKES_WHOLE ? find_token(e->tokenizer, text + at, end - at) : 0;
+        end = h->rule ? piece_end(&e, at) : n;
+        uint64_t whole = h->flags & TAKES_WHOLE ? find_token(t, text + at, end - at) : 0;
         if (whole) push(out, (int)whole);
         for (size_t from = at; from < end && !whole; from = at) {
-            for (at++; at < end && e->tokenizer->joined[text[at - 1]][text[at]]; at++) {}
-            join_run(out, e, text + from, at - from);
+            for (at++; at < end && t->joined[text[at - 1]][text[at]]; at++) {}
+            join_run(out, &e, text + from, at - from);
         }
     }
-    free(composed.at), free(e->class);
+    free(composed.at), free(e.class), free(e.symbol);
 }
 
 // The longest user-defined token that the text begins with, NULL if there is none.
@@ -2178,47 +2163,41 @@ static const Token *find_user_defined(const Tokenizer *t, const uint8_t *text, s
 
 // Append the ids of any n bytes to out: no BOS, and no control tokens, whatever the text says.
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) {
-    if (n == 0) return;
     uint8_t *spaced = NEW(uint8_t, n + 1), *last = spaced;
-    if (t->header.flags & DUMMY_PREFIX) *last++ = ' ';
+    if (n && t->header.flags & DUMMY_PREFIX) *last++ = ' ';
     for (const char *end = text + n; text < end; last++) {  // U+2581 is the vocabulary's space
         bool sign = t->header.kind == SENTENCEPIECE && end - text > 2 && !memcmp(text, "\u2581", 3);
         *last = sign ? ' ' : (uint8_t)*text;
         text += sign ? 3 : 1;
     }
-    Encoder e = {.tokenizer = t};
     const Token *token;
     for (const uint8_t *p = spaced, *from = p; p < last; from = p) {
         for (token = NULL; p < last && !(token = find_user_defined(t, p, (size_t)(last - p)));) p++;
-        encode_section(out, &e, from, (size_t)(p - from));
+        encode_section(out, t, from, (size_t)(p - from));
         if (token) push(out, (int)(token - t->token)), p += token->n;
     }
-    free(e.symbol), free(e.best), free(spaced);
+    free(spaced);
 }
 
-// Ids go in one by one, bytes come out once they are a character or can never be one: until then
-// they are held.
-typedef struct { const Tokenizer *tokenizer; uint8_t held[4]; size_t n_held; bool begun; } Decoder;
+// Bytes come out once they are a character or can never be one, and are held until then.
+typedef struct { const Tokenizer *tokenizer; char held[4]; size_t n_held; bool begun; } Decoder;
 
 static void decode(Bytes *out, Decoder *d, int id) {
     Token k = piece(d->tokenizer, id);
     bool prefix = !d->begun && d->tokenizer->header.flags & DUMMY_PREFIX && k.n && *k.at == ' ';
     d->begun |= k.n > 0;
     for (size_t i = prefix; i < k.n; i++) {
-        d->held[d->n_held++] = (uint8_t)k.at[i];
-        const uint8_t *from = d->held, *p = from, *end = p + d->n_held;
+        d->held[d->n_held++] = k.at[i];
+        const uint8_t *held = (uint8_t *)d->held, *from = held, *p = held, *end = p + d->n_held;
         while (p < end && next_code(&p, end) < CUT_SHORT) from = p;
-        append(out, (char *)d->held, (size_t)(from - d->held));
+        append(out, d->held, (size_t)(from - held));
         d->n_held = (size_t)(end - from);
         memmove(d->held, from, d->n_held);
     }
 }
 
 // The end of the text: what is held has no more to wait for.
-static void flush(Bytes *out, Decoder *d) {
-    append(out, (char *)d->held, d->n_held);
-    d->n_held = 0;
-}
+static void flush(Bytes *out, Decoder *d) { append(out, d->held, d->n_held), d->n_held = 0; }
 
 // ------------------------------------------------------------------------------------------------
 // 10. The sampler: logits to one token
