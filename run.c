@@ -2401,7 +2401,10 @@ static Text new_text(const Session *s, int slot, Bytes words) {
     return (Text){.slot = slot, .words = words, .random = random, .decoder = decoder};
 }
 
-static void free_text(Text *t) { free(t->words.at), free(t->ids.at), free(t->ready.at); }
+static void free_text(Text *t) {
+    free(t->words.at), free(t->ids.at), free(t->ready.at);
+    *t = (Text){0};
+}
 
 static void say_seed(const Session *s) {
     if (s->options->taste.temperature > 0 && s->options->seed < 0)
@@ -2434,8 +2437,7 @@ static float *catch_up(Session *s, Text *text) {
     return n ? logits(&s->state, n - 1, 1) : s->state.logits;
 }
 
-// Write what is ready, and send it off so that it is seen at once. A model's words must not steer
-// a terminal.
+// What is ready is seen at once. A model's words must not steer a terminal.
 static void show_ready(Session *s, Text *text) {
     Bytes *b = &text->ready;
     for (size_t i = 0; isatty(fileno(s->out.file)) && i < b->n; i++)
@@ -2500,19 +2502,18 @@ static void need_tokenizer(Session *s) {
 
 enum { ROWS = 32 };  // of logits at once; those that nobody asks for take no memory
 
-// Room for texts of as many tokens as the model or -c allows, or fewer where `enough` is less;
-// returns how many.
-static size_t need_state(Session *s, size_t enough, int n_slots) {
+// Room for texts of n tokens and `more`, or as many of those as the model or -c allows.
+static void need_state(Session *s, size_t n, double more, int n_slots) {
     const Config *c = &s->model.config;
     int context = s->options->context ? (int)s->options->context : c->max_seq_len;
     if (context > c->max_seq_len)
         die("the model's context is %d tokens, -c asks for %d", c->max_seq_len, context);
-    if ((size_t)context > enough) context = (int)enough;
+    if (n > (size_t)context) die("the context %d has no room for a prompt of %zu", context, n);
+    context = (int)fmin(context, (double)n + more);
     s->state = (State){.model = &s->model, .pool = &s->pool, .context = context, .slots = n_slots,
                        .batch = most(default_batch(c), n_slots), .logit_rows = most(ROWS, n_slots)};
     open_state(&s->state);
     s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
-    return (size_t)context;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2520,11 +2521,10 @@ static size_t need_state(Session *s, size_t enough, int n_slots) {
 
 // The session's text begins with that of -i, or of the file of -f, or with nothing.
 static Text *given_text(Session *s) {
-    const char *prompt = s->options->prompt, *path = prompt ? NULL : s->options->file;
-    if (prompt && strcmp(prompt, "-") == 0) path = prompt;
+    const char *prompt = s->options->prompt, *path = prompt ? prompt : s->options->file;
     need_tokenizer(s);
-    if (path) s->text.words = read_text(path);
-    else if (prompt) append(&s->text.words, prompt, strlen(prompt));
+    if (prompt && strcmp(prompt, "-") != 0) append(&s->text.words, prompt, strlen(prompt));
+    else if (path) s->text.words = read_text(path);
     feed(s, &s->text);
     return &s->text;
 }
@@ -2546,8 +2546,7 @@ static void run_generate(Session *s) {
     Text *text = given_text(s);
     size_t given = text->ids.n;
     if (given == 0) die("nothing to begin with: an empty prompt, and a tokenizer without BOS");
-    size_t context = need_state(s, given + (size_t)s->options->steps, 1);
-    if (given > context) die("the prompt has %zu tokens, the context %zu", given, context);
+    need_state(s, given, s->options->steps, 1);
     say_seed(s);
     double start = seconds();
     catch_up(s, text);
@@ -2614,8 +2613,7 @@ static void feed_turn(Session *s, Tokens *ids, const struct Format *f, Bytes mes
     free(words.at);
 }
 
-// One message and its answer. A conversation that no longer fits begins again, with the system
-// prompt and this message.
+// One message and its answer. If the context is full, the text begins again, with this message.
 static void talk(Session *s, const struct Format *f, Bytes message) {
     Text *text = &s->text;
     Tokens *ids = &text->ids;
@@ -2640,7 +2638,7 @@ static void run_chat(Session *s) {
     bool terminal = isatty(STDIN_FILENO) && isatty(STDERR_FILENO);
     Bytes line = {0};
     need_tokenizer(s);
-    need_state(s, SIZE_MAX, 1);
+    need_state(s, 0, INFINITY, 1);
     const struct Format *format = format_of(s);
     say_seed(s);
     if (s->options->prompt) append(&line, s->options->prompt, strlen(s->options->prompt));
@@ -2682,7 +2680,6 @@ static double write_result(Session *s, Text *t) {
     print_json(&s->out, ", \"text\": ", t->ready.at, t->ready.n);
     print(&s->out, ", \"tokens\": %.0f, \"stop\": \"%s\"}\n", made, reasons[t->stop]);
     free_text(t);
-    *t = (Text){0};
     return made;
 }
 
@@ -2696,7 +2693,7 @@ static void run_batch(Session *s) {
     FILE *in = strcmp(path, "-") == 0 ? stdin : fopen(path, "r");
     if (!in) die("%s: %s", path, strerror(errno));
     need_tokenizer(s);
-    need_state(s, SIZE_MAX, width);
+    need_state(s, 0, INFINITY, width);
     say_seed(s);
     Text *ring = NEW(Text, places), **running = NEW(Text *, width);
     Step *steps = NEW(Step, width);
@@ -2725,9 +2722,8 @@ static void run_batch(Session *s) {
 // What the model thought of the tokens of a text: those so far, and whether each is shown.
 typedef struct { double nats, tokens; bool shows; } Loss;
 
-// A token and the logits before it. It is shown as a line: its text, log-probability, rank, and the
-// likeliest with their probabilities; on a terminal as text on a ground that grows from none over
-// yellow to red with its surprise.
+// A token and the logits before it. It is shown as a line of text, log-probability, rank and the
+// likeliest tokens; on a terminal on a ground that goes with its surprise over yellow to red.
 static void judge(Session *s, Loss *loss, int id, float *p) {
     int n = s->model.config.vocab_size, rank = 1;
     Token words = piece(&s->tokenizer, id);
@@ -2784,21 +2780,19 @@ static void judge_text(Session *s, Loss *loss) {
     free(steps);
 }
 
-static void score_text(Session *s, bool shows) {
-    Loss loss = {0, 0, shows};
+// For perplexity too, which shows no tokens but what they come to.
+static void run_score(Session *s) {
+    Loss loss = {0, 0, strcmp(s->options->mode, "score") == 0};
     Text *text = given_text(s);
     size_t n = text->ids.n - text->bos;
     if (n < 2) die("the text has %zu tokens, too few to score", n);
-    if (need_state(s, text->ids.n, 1) < 2) die("a context of 1 token has no room for one to score");
+    need_state(s, 2, (double)text->ids.n - 2, 1);
     text->ready.n = 0;  // the text is shown token by token, or not at all
     judge_text(s, &loss);
     double nats = loss.nats / loss.tokens;
-    if (!shows) print(&s->out, "nats %.6f per token\nperplexity %.4f\ntokens %.0f\n", nats,
-                      exp(nats), loss.tokens);
+    if (!loss.shows) print(&s->out, "nats %.6f per token\nperplexity %.4f\ntokens %.0f\n", nats,
+                           exp(nats), loss.tokens);
 }
-
-static void run_perplexity(Session *s) { score_text(s, false); }
-static void run_score(Session *s) { score_text(s, true); }
 
 // Token ids from -f in decimal, separated by white space, become the text; the logits after each,
 // float32 (tokens, vocabulary), go to -o.
@@ -2819,8 +2813,7 @@ static void run_logits(Session *s) {
     }
     free(b.at);
     if (ids->n == 0) die("%s: no token ids", name);
-    size_t context = need_state(s, ids->n, 1);
-    if (ids->n > context) die("there are %zu tokens, the context is %zu", ids->n, context);
+    need_state(s, ids->n, 0, 1);
     judge_text(s, NULL);
 }
 
@@ -2989,7 +2982,7 @@ static double measure(Session *s, const char *name, Trial t, double worth, const
 
 // One `name value unit` a line: the machine's ceilings, then speeds and their share of them.
 static void run_bench(Session *s) {
-    need_state(s, SIZE_MAX, 1);
+    need_state(s, 0, INFINITY, 1);
     Cost cost = cost_of(&s->model.config);
     int context = s->state.context, prompt = least(512, context), threads = s->pool.threads;
     int depth = least((int)s->options->depth, context - 1), items = threads << 14;
@@ -3019,7 +3012,7 @@ static const struct Mode { const char *name, *does; void (*run)(Session *s); } m
     {"generate",   "continue the prompt (default)",                          run_generate},
     {"chat",       "talk: turns from -i and standard input",               run_chat},
     {"batch",      "complete the lines of -b, JSON lines out",             run_batch},
-    {"perplexity", "how well the text of -i or -f is foreseen",            run_perplexity},
+    {"perplexity", "how well the text of -i or -f is foreseen",            run_score},
     {"score",      "the same, token by token",                             run_score},
     {"logits",     "token ids of -f to logits: float32 (tokens, vocabulary)", run_logits},
     {"tokens",     "ids of the prompt, one a line, without BOS",             run_tokens},
