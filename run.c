@@ -2420,8 +2420,7 @@ static void feed(Session *s, Text *text) {
     for (size_t i = 0; i < text->ids.n; i++) decode(&text->ready, &text->decoder, text->ids.at[i]);
 }
 
-// Run what the cache does not hold yet through the model, a batch at a time. Returns the logits of
-// what may follow; if there was nothing to run, those that are there.
+// Run what the cache lacks. Returns the logits after it; with nothing to run, those that are there.
 static float *catch_up(Session *s, Text *text) {
     Progress progress = {"reading", seconds(), 0};
     int from = text->pos, all = (int)text->ids.n, n = 0;
@@ -2556,10 +2555,9 @@ static void run_generate(Session *s) {
     say_speed("generated", (double)text->made, seconds() - middle);
 }
 
-// A chat is turns: `first` or, later, `again`; the system prompt once; `user`. In them $ is the
-// system prompt, % the message, and {name} the control token of that name; what lies between
-// control tokens is encoded as one text. White space is stripped from around the message, or from
-// around the system prompt and it as one. Sources: the models' published templates.
+// A chat is turns, as the models' published templates have them: `first` or, later, `again`; the
+// system prompt, $, once; `user`, with the message, %. {name} is a control token; what lies between
+// two is one text. White space goes from around the message, or from around $ and it as one.
 static const struct Format {
     const char *name, *first, *again, *system, *user; enum { NO, MESSAGE, BOTH } strips;
 } formats[] = {
@@ -2603,8 +2601,7 @@ static void feed_turn(Session *s, Tokens *ids, const struct Format *f, Bytes mes
             else {
                 size_t n = strcspn(++p, "}");
                 int id = find_control(&s->tokenizer, p, n);
-                if (id < 0) die("%s has no token %.*s, which the chat format wants",
-                                s->tokenizer_path, (int)n, p);
+                if (id < 0) die("%s has no token %.*s for a chat", s->tokenizer_path, (int)n, p);
                 encode(ids, &s->tokenizer, words.at, words.n);
                 push(ids, id);
                 words.n = 0, p += n;
@@ -2683,8 +2680,8 @@ static double write_result(Session *s, Text *t) {
     return made;
 }
 
-// Many prompts, one a line, decoded together: the weights are read once for all of them. Results
-// wait in a ring for those before them; no line is begun that has no place in it.
+// Prompts, one a line, decoded together: the weights are read once for all. Results wait in a ring
+// for those before them; no line is begun that has no place in it.
 static void run_batch(Session *s) {
     enum { WAITING = 1 << 13 };
     const char *path = s->options->batch ? s->options->batch : "-";
@@ -2753,9 +2750,8 @@ static void judge(Session *s, Loss *loss, int id, float *p) {
     print(&s->out, "\n");
 }
 
-// The logits after each token of the text, in order, are judged, or written if `loss` is NULL. The
-// text is cut into windows of the context, each with its BOS in front, if any, and seeing nothing
-// of those before; the first token of a window without BOS has no score.
+// The logits after each token of the text are judged, or written if `loss` is NULL. The text is cut
+// into windows of the context, each with BOS, if any, and seeing nothing of those before.
 static void judge_text(Session *s, Loss *loss) {
     State *state = &s->state;
     const Tokens *ids = &s->text.ids;
@@ -2905,8 +2901,8 @@ static void run_quantize(Session *s) {
     int l = 0;
     to.config.type = strcmp(type, "q4") == 0 ? Q4 : Q8;
     if (m->config.type == Q4 || !*path || strcmp(type, type_names[to.config.type]) != 0)
-        die("-m quantize wants a model that is not q4, -q q8 or q4, and -o for the file to write, "
-            "not %s, -q '%s' and -o '%s'", o->model, type, path);
+        die("quantize wants a model not q4, -q q8 or q4, and -o FILE, not %s, -q '%s' and -o '%s'",
+            o->model, type, path);
     to.layers = new_array((size_t)to.config.n_layers, sizeof *to.layers);
     Header header = {MAGIC, 1, to.config, {0}, take_ours(&to)};
     write_bytes(&s->out, &header, HEADER);
@@ -2953,13 +2949,9 @@ static void strain(void *job, int thread, int first, int end) {
     (void)*(volatile IntPart *)sum;  // so that no work is left out
 }
 
-static int by_value(const void *a, const void *b) {
-    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
-}
-
 // Say how often a second it is done, the median of TRIALS, times what that is worth; return that.
 static double measure(Session *s, const char *name, Trial t, double worth, const char *unit) {
-    double times[TRIALS];
+    double times[TRIALS];  // in order
     Text text = {0};
     t.at = s->model.file.at;
     for (int i = 0; t.what == STEPS && i < t.from + t.n; i++)
@@ -2971,10 +2963,12 @@ static double measure(Session *s, const char *name, Trial t, double worth, const
         if (t.what != STEPS) parallel(&s->pool, t.n, strain, &t);
         for (text.pos = t.from; t.what == STEPS && text.pos < t.from + t.n; catch_up(s, &text))
             text.ids.n = (size_t)(text.pos + t.batch);
-        times[i] = seconds() - start;
+        double time = seconds() - start;
+        int j = i;
+        for (; j > 0 && times[j - 1] > time; j--) times[j] = times[j - 1];
+        times[j] = time;
     }
     free_text(&text);
-    qsort(times, TRIALS, sizeof *times, by_value);
     double value = worth * t.n / times[TRIALS / 2];
     print(&s->out, "%s %.*f %s\n", name, value < 100 ? 2 : 0, value, unit);
     return value;
