@@ -2377,21 +2377,17 @@ typedef enum { GOES_ON, ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED } Stop;
 // One text in one slot of the cache.
 typedef struct {
     int slot, pos;            // the first pos of its tokens are in the cache
-    Bytes words;              // that it begins with
-    Tokens ids;
-    bool bos;                 // whether the first is BOS
-    uint64_t random;
-    Decoder decoder;
-    Bytes ready;              // characters that are complete but not written
+    Tokens ids; bool bos;     // whether the first is BOS
+    uint64_t random; Decoder decoder;
+    Bytes words, ready;       // that it begins with; characters that are complete but not written
     int64_t made; Stop stop;  // tokens of the last reply, and why it has ended
 } Text;
 
 typedef struct {
     const Options *options;
     Model model; Pool pool; State state; Tokenizer tokenizer; Output out;
-    char *tokenizer_path;
+    char *tokenizer_path; uint64_t seed;
     Candidate *candidates;  // (2, vocab)
-    uint64_t seed;
     Text text;              // the one of every mode but batch
 } Session;
 
@@ -2401,10 +2397,7 @@ static Text new_text(const Session *s, int slot, Bytes words) {
     return (Text){.slot = slot, .words = words, .random = random, .decoder = decoder};
 }
 
-static void free_text(Text *t) {
-    free(t->words.at), free(t->ids.at), free(t->ready.at);
-    *t = (Text){0};
-}
+static void free_text(Text *t) { free(t->words.at), free(t->ids.at), free(t->ready.at); }
 
 static void say_seed(const Session *s) {
     if (s->options->taste.temperature > 0 && s->options->seed < 0)
@@ -2579,9 +2572,8 @@ static const struct Format *format_of(const Session *s) {
     const char *name = s->options->format;
     uint32_t i = name ? COUNT(formats) - 1 : s->tokenizer.header.chat;
     while (name && i > 0 && strcmp(name, formats[i].name) != 0) i--;
-    if (i == 0)
-        die("chat format '%s': -x wants llama2, llama3, chatml, mistral, mistral3 or zephyr",
-            name ? name : formats[0].name);
+    if (i == 0) die("-x wants llama2, llama3, chatml, mistral, mistral3 or zephyr, not '%s'",
+                    name ? name : "none");
     return &formats[i == MISTRAL && find_control(&s->tokenizer, "[INST]", 6) >= 0 ? MISTRAL3 : i];
 }
 
@@ -2677,6 +2669,7 @@ static double write_result(Session *s, Text *t) {
     print_json(&s->out, ", \"text\": ", t->ready.at, t->ready.n);
     print(&s->out, ", \"tokens\": %.0f, \"stop\": \"%s\"}\n", made, reasons[t->stop]);
     free_text(t);
+    *t = (Text){0};
     return made;
 }
 
@@ -2716,8 +2709,7 @@ static void run_batch(Session *s) {
     free(ring), free(running), free(steps);
 }
 
-// What the model thought of the tokens of a text: those so far, and whether each is shown.
-typedef struct { double nats, tokens; bool shows; } Loss;
+typedef struct { double nats, tokens; bool shows; } Loss;  // so far, and whether each is shown
 
 // A token and the logits before it. It is shown as a line of text, log-probability, rank and the
 // likeliest tokens; on a terminal on a ground that goes with its surprise over yellow to red.
@@ -2818,8 +2810,7 @@ static void run_tokens(Session *s) {
     for (size_t i = text->bos; i < text->ids.n; i++) print(&s->out, "%d\n", text->ids.at[i]);
 }
 
-// What a model has, what of it one token reads, and the multiply-adds of one in the layers.
-typedef struct { double parameters, bytes, products; } Cost;
+typedef struct { double parameters, bytes, products; } Cost;  // bytes a token reads; its products
 
 static Cost cost_of(const Config *c) {
     Cost cost = {0, 0, 0};
@@ -2837,8 +2828,8 @@ static Cost cost_of(const Config *c) {
 static void run_info(Session *s) {
     const Model *m = &s->model;
     const Config *c = &m->config;
-    int wanted = s->options->context ? (int)s->options->context : INT_MAX;
-    State state = {.model = m, .pool = &s->pool, .context = least(wanted, c->max_seq_len),
+    int context = s->options->context ? (int)s->options->context : INT_MAX;
+    State state = {.model = m, .pool = &s->pool, .context = least(context, c->max_seq_len),
                    .slots = 1, .batch = default_batch(c), .logit_rows = 1};
     print(&s->out, "file %s\nformat %s\nweights %s\nparameters %.0f\n", m->file.path, m->file.kind,
           type_names[c->type], cost_of(c).parameters);
@@ -2856,8 +2847,7 @@ static void run_info(Session *s) {
 // Rows of a matrix in another type: threads pack them, and then they go out.
 enum { PACKED = 64 * PANEL };
 typedef struct {
-    const Tensor *from; Type type;
-    int first; uint8_t *panels;           // of the rows, and what they become
+    const Tensor *from; Type type; int first; uint8_t *panels;  // of the rows, what they become
     double error[PACKED], power[PACKED];  // sums of squares
 } Packing;
 
@@ -2924,14 +2914,12 @@ static void run_quantize(Session *s) {
                     sqrt(sums[i][0] / sums[i][1]));
 }
 
-// Measuring: what the machine can do, and what share of it the model's work reaches. CHAINS
-// independent sums are as many as latency times units, and registers, want.
+// Measuring. CHAINS independent sums are as many as latency times units, and registers, want.
 enum { CHAINS = 12, ROUNDS = 64, ROUND = CHAINS * LANES * 4, TRIALS = 5 };
 
 // n items of a ceiling, or n steps from position `from` on, `batch` at a time and then logits.
 typedef struct {
-    enum { STEPS, READ, MULTIPLY, DOT } what;
-    int n, from, batch; const uint8_t *at;
+    enum { STEPS, READ, MULTIPLY, DOT } what; int n, from, batch; const uint8_t *at;
 } Trial;
 
 // An item is ROUNDS times CHAINS registers read, multiply-adds or dot products of them.
@@ -3121,8 +3109,7 @@ int main(int argc, char **argv) {
     stop_pool(&s.pool);
     if (s.state.arena.at) close_state(&s.state);
     if (s.tokenizer_path) close_tokenizer(&s.tokenizer);
-    free(s.tokenizer_path);
-    free(s.candidates);
+    free(s.tokenizer_path), free(s.candidates);
     free_text(&s.text);
     close_model(&s.model);
     return 0;
