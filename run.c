@@ -2388,6 +2388,7 @@ typedef struct {
     Model model; Pool pool; State state; Tokenizer tokenizer; Output out;
     char *tokenizer_path; uint64_t seed;
     Candidate *candidates;  // (2, vocab)
+    Step *steps;            // (context)  of one text
     Text text;              // the one of every mode but batch
 } Session;
 
@@ -2417,15 +2418,12 @@ static void feed(Session *s, Text *text) {
 static float *catch_up(Session *s, Text *text) {
     Progress progress = {"reading", seconds(), 0};
     int from = text->pos, all = (int)text->ids.n, n = 0;
-    Step *steps = NEW(Step, least(s->state.batch, all - from));
+    for (int t = from; t < all; t++) s->steps[t] = (Step){text->ids.at[t], text->slot, t};
     for (; text->pos < all; text->pos += n) {
         n = least(s->state.batch, all - text->pos);
-        for (int t = 0; t < n; t++)
-            steps[t] = (Step){text->ids.at[text->pos + t], text->slot, text->pos + t};
-        forward(&s->state, steps, n);
+        forward(&s->state, s->steps + text->pos, n);
         show_progress(&progress, text->pos + n - from, all - from);
     }
-    free(steps);
     return n ? logits(&s->state, n - 1, 1) : s->state.logits;
 }
 
@@ -2506,6 +2504,7 @@ static void need_state(Session *s, size_t n, double more, int n_slots) {
                        .batch = most(default_batch(c), n_slots), .logit_rows = most(ROWS, n_slots)};
     open_state(&s->state);
     s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
+    s->steps = NEW(Step, (size_t)context);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2673,8 +2672,7 @@ static double write_result(Session *s, Text *t) {
     return made;
 }
 
-// Prompts, one a line, decoded together: the weights are read once for all. Results wait in a ring
-// for those before them; no line is begun that has no place in it.
+// Prompts, one a line, decoded together. Results wait in a ring for those before them.
 static void run_batch(Session *s) {
     enum { WAITING = 1 << 13 };
     const char *path = s->options->batch ? s->options->batch : "-";
@@ -2749,23 +2747,21 @@ static void judge_text(Session *s, Loss *loss) {
     const Tokens *ids = &s->text.ids;
     int batch = s->options->width ? least(state->batch, (int)s->options->width) : state->batch;
     int vocab = s->model.config.vocab_size;
-    Step *steps = NEW(Step, state->context);
     Progress progress = {"reading", seconds(), 0};
-    steps[0] = (Step){ids->at[0], 0, 0};
+    s->steps[0] = (Step){ids->at[0], 0, 0};
     for (size_t at = s->text.bos; at < ids->n;) {
         int n = s->text.bos;
-        for (; n < state->context && at < ids->n; n++) steps[n] = (Step){ids->at[at++], 0, n};
+        for (; n < state->context && at < ids->n; n++) s->steps[n] = (Step){ids->at[at++], 0, n};
         for (int t = 0; t < n; t++) {
             int done = t % batch, left = least(batch - done, n - t);
-            if (done == 0) forward(state, steps + t, left);
+            if (done == 0) forward(state, s->steps + t, left);
             if (done % ROWS == 0) logits(state, done, least(ROWS, left));
             float *scores = row(state->logits, done % ROWS, vocab);
             if (!loss) write_bytes(&s->out, scores, (size_t)vocab * sizeof *scores);
-            else if (t + 1 < n) judge(s, loss, steps[t + 1].id, scores);
+            else if (t + 1 < n) judge(s, loss, s->steps[t + 1].id, scores);
             show_progress(&progress, (double)at - n + t + 1, (double)ids->n);
         }
     }
-    free(steps);
 }
 
 // For perplexity too, which shows no tokens but what they come to.
@@ -2782,8 +2778,7 @@ static void run_score(Session *s) {
                            exp(nats), loss.tokens);
 }
 
-// Token ids from -f in decimal, separated by white space, become the text; the logits after each,
-// float32 (tokens, vocabulary), go to -o.
+// Decimal token ids of -f become the text; the logits after each, float32 (n, vocab), go to -o.
 static void run_logits(Session *s) {
     static const char space[] = " \t\r\n";
     const char *path = s->options->file, *name = path ? path : "standard input";
@@ -3109,7 +3104,7 @@ int main(int argc, char **argv) {
     stop_pool(&s.pool);
     if (s.state.arena.at) close_state(&s.state);
     if (s.tokenizer_path) close_tokenizer(&s.tokenizer);
-    free(s.tokenizer_path), free(s.candidates);
+    free(s.tokenizer_path), free(s.candidates), free(s.steps);
     free_text(&s.text);
     close_model(&s.model);
     return 0;
