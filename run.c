@@ -2380,7 +2380,7 @@ typedef struct {
     Tokens ids; bool bos;     // whether the first is BOS
     uint64_t random; Decoder decoder;
     Bytes words, ready;       // that it begins with; characters that are complete but not written
-    int64_t made; Stop stop;  // tokens of the last reply, and why it has ended
+    int made; Stop stop;      // tokens of the last reply, and why it has ended
 } Text;
 
 typedef struct {
@@ -2567,15 +2567,6 @@ static const struct Format {
 };
 enum { MISTRAL = 4, MISTRAL3 = 6 };  // the latter where the brackets are tokens of their own
 
-static const struct Format *format_of(const Session *s) {
-    const char *name = s->options->format;
-    uint32_t i = name ? COUNT(formats) - 1 : s->tokenizer.header.chat;
-    while (name && i > 0 && strcmp(name, formats[i].name) != 0) i--;
-    if (i == 0) die("-x wants llama2, llama3, chatml, mistral, mistral3 or zephyr, not '%s'",
-                    name ? name : "none");
-    return &formats[i == MISTRAL && find_control(&s->tokenizer, "[INST]", 6) >= 0 ? MISTRAL3 : i];
-}
-
 // A message becomes a turn of the text.
 static void feed_turn(Session *s, Tokens *ids, const struct Format *f, Bytes message) {
     const char *system = ids->n == 0 && s->options->system ? s->options->system : "";
@@ -2627,12 +2618,17 @@ static void run_chat(Session *s) {
     Bytes line = {0};
     need_tokenizer(s);
     need_state(s, 0, INFINITY, 1);
-    const struct Format *format = format_of(s);
+    const char *name = s->options->format;
+    int i = name ? COUNT(formats) - 1 : (int)s->tokenizer.header.chat;
+    while (name && i > 0 && strcmp(name, formats[i].name) != 0) i--;
+    if (i == 0) die("-x wants llama2, llama3, chatml, mistral, mistral3 or zephyr, not '%s'",
+                    name ? name : "none");
+    if (i == MISTRAL && find_control(&s->tokenizer, "[INST]", 6) >= 0) i = MISTRAL3;
     say_seed(s);
     if (s->options->prompt) append(&line, s->options->prompt, strlen(s->options->prompt));
     do {
         while (line.n && line.at[line.n - 1] == '\r') line.n--;
-        if (line.n) talk(s, format, line);
+        if (line.n) talk(s, &formats[i], line);
     } while (fputs(terminal ? "> " : "", stderr), read_line(&line, stdin, "standard input"));
     if (terminal) fputc('\n', stderr);
 }
@@ -2659,17 +2655,14 @@ static Text *start_text(Session *s, Text *text, int slot) {
     return text->stop || extend(s, text, catch_up(s, text)) ? NULL : text;
 }
 
-// Returns how many tokens it has.
-static double write_result(Session *s, Text *t) {
+static void write_result(Session *s, Text *t) {
     static const char *const reasons[] = {"", "end", "limit", "context"};  // of Stop
-    double made = (double)t->made;
     flush(&t->ready, &t->decoder);
     print_json(&s->out, "{\"prompt\": ", t->words.at, t->words.n);
     print_json(&s->out, ", \"text\": ", t->ready.at, t->ready.n);
-    print(&s->out, ", \"tokens\": %.0f, \"stop\": \"%s\"}\n", made, reasons[t->stop]);
+    print(&s->out, ", \"tokens\": %d, \"stop\": \"%s\"}\n", t->made, reasons[t->stop]);
     free_text(t);
     *t = (Text){0};
-    return made;
 }
 
 // Prompts, one a line, decoded together. Results wait in a ring for those before them.
@@ -2699,8 +2692,8 @@ static void run_batch(Session *s) {
             Text **t = &running[steps[i].slot];
             if (extend(s, *t, row(s->state.logits, i, s->model.config.vocab_size))) *t = NULL;
         }
-        while (written < begun && ring[written % places].stop)
-            made += write_result(s, &ring[written++ % places]);
+        for (Text *t; t = &ring[written % places], written < begun && t->stop; written++)
+            made += (double)t->made, write_result(s, t);
     }
     say_speed("generated", made, seconds() - begin);
     if (in != stdin) fclose(in);
