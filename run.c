@@ -2393,9 +2393,8 @@ typedef struct {
 } Session;
 
 static Text new_text(const Session *s, int slot, Bytes words) {
-    uint64_t random = s->seed ? s->seed : 0x9e3779b97f4a7c15;  // xorshift would never leave 0
-    Decoder decoder = {.tokenizer = &s->tokenizer};
-    return (Text){.slot = slot, .words = words, .random = random, .decoder = decoder};
+    return (Text){.slot = slot, .words = words, .decoder = {.tokenizer = &s->tokenizer},
+                  .random = s->seed ? s->seed : 0x9e3779b97f4a7c15};  // xorshift never leaves 0
 }
 
 static void free_text(Text *t) { free(t->words.at), free(t->ids.at), free(t->ready.at); }
@@ -2723,12 +2722,10 @@ static void judge(Session *s, Loss *loss, int id, float *p) {
     print(&s->out, "%d", id);
     print_json(&s->out, "\t", words.at, words.n);
     print(&s->out, "\t%.4f\t%d", score, rank);
-    for (int k = 0; k < 3 && k < n; k++) {
-        int likeliest = most_likely(p, n);
-        words = piece(&s->tokenizer, likeliest);
+    for (int k = 0, best; k < 3 && k < n; p[best] = -1, k++) {
+        words = piece(&s->tokenizer, best = most_likely(p, n));
         print_json(&s->out, "\t", words.at, words.n);
-        print(&s->out, "\t%.4f", (double)p[likeliest]);
-        p[likeliest] = -1;
+        print(&s->out, "\t%.4f", (double)p[best]);
     }
     print(&s->out, "\n");
 }
@@ -2897,9 +2894,8 @@ static void run_quantize(Session *s) {
     }
     free(to.layers);
     for (SlotId i = 0; i < SLOTS && o->verbose; i++)
-        if (sums[i][1] > 0)
-            fprintf(stderr, "%-15s relative root mean square error %.5f\n", slots[i].name,
-                    sqrt(sums[i][0] / sums[i][1]));
+        if (sums[i][1] > 0) fprintf(stderr, "%-15s relative root mean square error %.5f\n",
+                                    slots[i].name, sqrt(sums[i][0] / sums[i][1]));
 }
 
 // Measuring. CHAINS independent sums are as many as latency times units, and registers, want.
