@@ -2431,7 +2431,7 @@ static void show_ready(Session *s, Text *text) {
     Bytes *b = &text->ready;
     for (size_t i = 0; isatty(fileno(s->out.file)) && i < b->n; i++)
         if (iscntrl((unsigned char)b->at[i]) && !strchr("\n\t", b->at[i])) b->at[i] = '?';
-    write_bytes(&s->out, b->at, b->n);
+    if (b->n) write_bytes(&s->out, b->at, b->n);  // NULL otherwise
     send_off(&s->out);
     b->n = 0;
 }
