@@ -2311,28 +2311,24 @@ typedef enum { GOES_ON, ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED } Stop;
 // One text in one slot of the cache.
 typedef struct {
     int slot, pos;            // the first pos of its tokens are in the cache
-    Bytes words;              // that it begins with
-    Tokens ids;
-    bool bos;                 // whether the first is BOS
-    uint64_t random;
-    Decoder decoder;
-    Bytes ready;              // characters that are complete but not written
-    int64_t made; Stop stop;  // tokens of the last reply, and why it has ended
+    Tokens ids; bool bos;     // whether the first is BOS
+    uint64_t random; Decoder decoder;
+    Bytes words, ready;       // that it begins with; characters that are complete but not written
+    int made; Stop stop;      // tokens of the last reply, and why it has ended
 } Text;
 
 typedef struct {
     const Options *options;
     Model model; Pool pool; State state; Tokenizer tokenizer; Output out;
-    char *tokenizer_path;
+    char *tokenizer_path; uint64_t seed;
     Candidate *candidates;  // (2, vocab)
-    uint64_t seed;
+    Step *steps;            // (context)  of one text
     Text text;              // the one of every mode but batch
 } Session;
 
 static Text new_text(const Session *s, int slot, Bytes words) {
-    uint64_t random = s->seed ? s->seed : 0x9e3779b97f4a7c15;  // xorshift would never leave 0
-    Decoder decoder = {.tokenizer = &s->tokenizer};
-    return (Text){.slot = slot, .words = words, .random = random, .decoder = decoder};
+    return (Text){.slot = slot, .words = words, .decoder = {.tokenizer = &s->tokenizer},
+                  .random = s->seed ? s->seed : 0x9e3779b97f4a7c15};  // xorshift never leaves 0
 }
 
 static void free_text(Text *t) { free(t->words.at), free(t->ids.at), free(t->ready.at); }
@@ -2351,30 +2347,25 @@ static void feed(Session *s, Text *text) {
     for (size_t i = 0; i < text->ids.n; i++) decode(&text->ready, &text->decoder, text->ids.at[i]);
 }
 
-// Run what the cache does not hold yet through the model, a batch at a time. Returns the logits of
-// what may follow; if there was nothing to run, those that are there.
+// Run what the cache lacks. Returns the logits after it; with nothing to run, those that are there.
 static float *catch_up(Session *s, Text *text) {
     Progress progress = {"reading", seconds(), 0};
     int from = text->pos, all = (int)text->ids.n, n = 0;
-    Step *steps = NEW(Step, least(s->state.batch, all - from));
+    for (int t = from; t < all; t++) s->steps[t] = (Step){text->ids.at[t], text->slot, t};
     for (; text->pos < all; text->pos += n) {
         n = least(s->state.batch, all - text->pos);
-        for (int t = 0; t < n; t++)
-            steps[t] = (Step){text->ids.at[text->pos + t], text->slot, text->pos + t};
-        forward(&s->state, steps, n);
+        forward(&s->state, s->steps + text->pos, n);
         show_progress(&progress, text->pos + n - from, all - from);
     }
-    free(steps);
     return n ? logits(&s->state, n - 1, 1) : s->state.logits;
 }
 
-// Write what is ready, and send it off so that it is seen at once. A model's words must not steer
-// a terminal.
+// What is ready is seen at once. A model's words must not steer a terminal.
 static void show_ready(Session *s, Text *text) {
     Bytes *b = &text->ready;
     for (size_t i = 0; isatty(fileno(s->out.file)) && i < b->n; i++)
         if (iscntrl((unsigned char)b->at[i]) && !strchr("\n\t", b->at[i])) b->at[i] = '?';
-    write_bytes(&s->out, b->at, b->n);
+    if (b->n) write_bytes(&s->out, b->at, b->n);  // NULL otherwise
     send_off(&s->out);
     b->n = 0;
 }
@@ -2434,19 +2425,19 @@ static void need_tokenizer(Session *s) {
 
 enum { ROWS = 32 };  // of logits at once; those that nobody asks for take no memory
 
-// Room for texts of as many tokens as the model or -c allows, or fewer where `enough` is less;
-// returns how many.
-static size_t need_state(Session *s, size_t enough, int n_slots) {
+// Room for texts of n tokens and `more`, or as many of those as the model or -c allows.
+static void need_state(Session *s, size_t n, double more, int n_slots) {
     const Config *c = &s->model.config;
     int context = s->options->context ? (int)s->options->context : c->max_seq_len;
     if (context > c->max_seq_len)
         die("the model's context is %d tokens, -c asks for %d", c->max_seq_len, context);
-    if ((size_t)context > enough) context = (int)enough;
+    if (n > (size_t)context) die("the context %d has no room for a prompt of %zu", context, n);
+    context = (int)fmin(context, (double)n + more);
     s->state = (State){.model = &s->model, .pool = &s->pool, .context = context, .slots = n_slots,
                        .batch = most(default_batch(c), n_slots), .logit_rows = most(ROWS, n_slots)};
     open_state(&s->state);
     s->candidates = NEW(Candidate, 2 * (size_t)c->vocab_size);
-    return (size_t)context;
+    s->steps = NEW(Step, (size_t)context);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2454,11 +2445,10 @@ static size_t need_state(Session *s, size_t enough, int n_slots) {
 
 // The session's text begins with that of -i, or of the file of -f, or with nothing.
 static Text *given_text(Session *s) {
-    const char *prompt = s->options->prompt, *path = prompt ? NULL : s->options->file;
-    if (prompt && strcmp(prompt, "-") == 0) path = prompt;
+    const char *prompt = s->options->prompt, *path = prompt ? prompt : s->options->file;
     need_tokenizer(s);
-    if (path) s->text.words = read_text(path);
-    else if (prompt) append(&s->text.words, prompt, strlen(prompt));
+    if (prompt && strcmp(prompt, "-") != 0) append(&s->text.words, prompt, strlen(prompt));
+    else if (path) s->text.words = read_text(path);
     feed(s, &s->text);
     return &s->text;
 }
@@ -2480,8 +2470,7 @@ static void run_generate(Session *s) {
     Text *text = given_text(s);
     size_t given = text->ids.n;
     if (given == 0) die("nothing to begin with: an empty prompt, and a tokenizer without BOS");
-    size_t context = need_state(s, given + (size_t)s->options->steps, 1);
-    if (given > context) die("the prompt has %zu tokens, the context %zu", given, context);
+    need_state(s, given, s->options->steps, 1);
     say_seed(s);
     double start = seconds();
     catch_up(s, text);
@@ -2491,10 +2480,9 @@ static void run_generate(Session *s) {
     say_speed("generated", (double)text->made, seconds() - middle);
 }
 
-// A chat is turns: `first` or, later, `again`; the system prompt once; `user`. In them $ is the
-// system prompt, % the message, and {name} the control token of that name; what lies between
-// control tokens is encoded as one text. White space is stripped from around the message, or from
-// around the system prompt and it as one. Sources: the models' published templates.
+// A chat is turns, as the models' published templates have them: `first` or, later, `again`; the
+// system prompt, $, once; `user`, with the message, %. {name} is a control token; what lies between
+// two is one text. White space goes from around the message, or from around $ and it as one.
 static const struct Format {
     const char *name, *first, *again, *system, *user; enum { NO, MESSAGE, BOTH } strips;
 } formats[] = {
@@ -2512,16 +2500,6 @@ static const struct Format {
 };
 enum { MISTRAL = 4, MISTRAL3 = 6 };  // the latter where the brackets are tokens of their own
 
-static const struct Format *format_of(const Session *s) {
-    const char *name = s->options->format;
-    uint32_t i = name ? COUNT(formats) - 1 : s->tokenizer.header.chat;
-    while (name && i > 0 && strcmp(name, formats[i].name) != 0) i--;
-    if (i == 0)
-        die("chat format '%s': -x wants llama2, llama3, chatml, mistral, mistral3 or zephyr",
-            name ? name : formats[0].name);
-    return &formats[i == MISTRAL && find_control(&s->tokenizer, "[INST]", 6) >= 0 ? MISTRAL3 : i];
-}
-
 // A message becomes a turn of the text.
 static void feed_turn(Session *s, Tokens *ids, const struct Format *f, Bytes message) {
     const char *system = ids->n == 0 && s->options->system ? s->options->system : "";
@@ -2538,8 +2516,7 @@ static void feed_turn(Session *s, Tokens *ids, const struct Format *f, Bytes mes
             else {
                 size_t n = strcspn(++p, "}");
                 int id = find_control(&s->tokenizer, p, n);
-                if (id < 0) die("%s has no token %.*s, which the chat format wants",
-                                s->tokenizer_path, (int)n, p);
+                if (id < 0) die("%s has no token %.*s for a chat", s->tokenizer_path, (int)n, p);
                 encode(ids, &s->tokenizer, words.at, words.n);
                 push(ids, id);
                 words.n = 0, p += n;
@@ -2548,8 +2525,7 @@ static void feed_turn(Session *s, Tokens *ids, const struct Format *f, Bytes mes
     free(words.at);
 }
 
-// One message and its answer. A conversation that no longer fits begins again, with the system
-// prompt and this message.
+// One message and its answer. If the context is full, the text begins again, with this message.
 static void talk(Session *s, const struct Format *f, Bytes message) {
     Text *text = &s->text;
     Tokens *ids = &text->ids;
@@ -2574,13 +2550,18 @@ static void run_chat(Session *s) {
     bool terminal = isatty(STDIN_FILENO) && isatty(STDERR_FILENO);
     Bytes line = {0};
     need_tokenizer(s);
-    need_state(s, SIZE_MAX, 1);
-    const struct Format *format = format_of(s);
+    need_state(s, 0, INFINITY, 1);
+    const char *name = s->options->format;
+    int i = name ? COUNT(formats) - 1 : (int)s->tokenizer.header.chat;
+    while (name && i > 0 && strcmp(name, formats[i].name) != 0) i--;
+    if (i == 0) die("-x wants llama2, llama3, chatml, mistral, mistral3 or zephyr, not '%s'",
+                    name ? name : "none");
+    if (i == MISTRAL && find_control(&s->tokenizer, "[INST]", 6) >= 0) i = MISTRAL3;
     say_seed(s);
     if (s->options->prompt) append(&line, s->options->prompt, strlen(s->options->prompt));
     do {
         while (line.n && line.at[line.n - 1] == '\r') line.n--;
-        if (line.n) talk(s, format, line);
+        if (line.n) talk(s, &formats[i], line);
     } while (fputs(terminal ? "> " : "", stderr), read_line(&line, stdin, "standard input"));
     if (terminal) fputc('\n', stderr);
 }
@@ -2607,21 +2588,17 @@ static Text *start_text(Session *s, Text *text, int slot) {
     return text->stop || extend(s, text, catch_up(s, text)) ? NULL : text;
 }
 
-// Returns how many tokens it has.
-static double write_result(Session *s, Text *t) {
+static void write_result(Session *s, Text *t) {
     static const char *const reasons[] = {"", "end", "limit", "context"};  // of Stop
-    double made = (double)t->made;
     flush(&t->ready, &t->decoder);
     print_json(&s->out, "{\"prompt\": ", t->words.at, t->words.n);
     print_json(&s->out, ", \"text\": ", t->ready.at, t->ready.n);
-    print(&s->out, ", \"tokens\": %.0f, \"stop\": \"%s\"}\n", made, reasons[t->stop]);
+    print(&s->out, ", \"tokens\": %d, \"stop\": \"%s\"}\n", t->made, reasons[t->stop]);
     free_text(t);
     *t = (Text){0};
-    return made;
 }
 
-// Many prompts, one a line, decoded together: the weights are read once for all of them. Results
-// wait in a ring for those before them; no line is begun that has no place in it.
+// Prompts, one a line, decoded together. Results wait in a ring for those before them.
 static void run_batch(Session *s) {
     enum { WAITING = 1 << 13 };
     const char *path = s->options->batch ? s->options->batch : "-";
@@ -2630,7 +2607,7 @@ static void run_batch(Session *s) {
     FILE *in = strcmp(path, "-") == 0 ? stdin : fopen(path, "r");
     if (!in) die("%s: %s", path, strerror(errno));
     need_tokenizer(s);
-    need_state(s, SIZE_MAX, width);
+    need_state(s, 0, INFINITY, width);
     say_seed(s);
     Text *ring = NEW(Text, places), **running = NEW(Text *, width);
     Step *steps = NEW(Step, width);
@@ -2648,20 +2625,18 @@ static void run_batch(Session *s) {
             Text **t = &running[steps[i].slot];
             if (extend(s, *t, row(s->state.logits, i, s->model.config.vocab_size))) *t = NULL;
         }
-        while (written < begun && ring[written % places].stop)
-            made += write_result(s, &ring[written++ % places]);
+        for (Text *t; t = &ring[written % places], written < begun && t->stop; written++)
+            made += (double)t->made, write_result(s, t);
     }
     say_speed("generated", made, seconds() - begin);
     if (in != stdin) fclose(in);
     free(ring), free(running), free(steps);
 }
 
-// What the model thought of the tokens of a text: those so far, and whether each is shown.
-typedef struct { double nats, tokens; bool shows; } Loss;
+typedef struct { double nats, tokens; bool shows; } Loss;  // so far, and whether each is shown
 
-// A token and the logits before it. It is shown as a line: its text, log-probability, rank, and the
-// likeliest with their probabilities; on a terminal as text on a ground that grows from none over
-// yellow to red with its surprise.
+// A token and the logits before it. It is shown as a line of text, log-probability, rank and the
+// likeliest tokens; on a terminal on a ground that goes with its surprise over yellow to red.
 static void judge(Session *s, Loss *loss, int id, float *p) {
     int n = s->model.config.vocab_size, rank = 1;
     Token words = piece(&s->tokenizer, id);
@@ -2681,61 +2656,53 @@ static void judge(Session *s, Loss *loss, int id, float *p) {
     print(&s->out, "%d", id);
     print_json(&s->out, "\t", words.at, words.n);
     print(&s->out, "\t%.4f\t%d", score, rank);
-    for (int k = 0; k < 3 && k < n; k++) {
-        int likeliest = most_likely(p, n);
-        words = piece(&s->tokenizer, likeliest);
+    for (int k = 0, best; k < 3 && k < n; p[best] = -1, k++) {
+        words = piece(&s->tokenizer, best = most_likely(p, n));
         print_json(&s->out, "\t", words.at, words.n);
-        print(&s->out, "\t%.4f", (double)p[likeliest]);
-        p[likeliest] = -1;
+        print(&s->out, "\t%.4f", (double)p[best]);
     }
     print(&s->out, "\n");
 }
 
-// The logits after each token of the text, in order, are judged, or written if `loss` is NULL. The
-// text is cut into windows of the context, each with its BOS in front, if any, and seeing nothing
-// of those before; the first token of a window without BOS has no score.
+// The logits after each token of the text are judged, or written if `loss` is NULL. The text is cut
+// into windows of the context, each with BOS, if any, and seeing nothing of those before.
 static void judge_text(Session *s, Loss *loss) {
     State *state = &s->state;
     const Tokens *ids = &s->text.ids;
     int batch = s->options->width ? least(state->batch, (int)s->options->width) : state->batch;
     int vocab = s->model.config.vocab_size;
-    Step *steps = NEW(Step, state->context);
     Progress progress = {"reading", seconds(), 0};
-    steps[0] = (Step){ids->at[0], 0, 0};
+    s->steps[0] = (Step){ids->at[0], 0, 0};
     for (size_t at = s->text.bos; at < ids->n;) {
         int n = s->text.bos;
-        for (; n < state->context && at < ids->n; n++) steps[n] = (Step){ids->at[at++], 0, n};
+        for (; n < state->context && at < ids->n; n++) s->steps[n] = (Step){ids->at[at++], 0, n};
         for (int t = 0; t < n; t++) {
             int done = t % batch, left = least(batch - done, n - t);
-            if (done == 0) forward(state, steps + t, left);
+            if (done == 0) forward(state, s->steps + t, left);
             if (done % ROWS == 0) logits(state, done, least(ROWS, left));
             float *scores = row(state->logits, done % ROWS, vocab);
             if (!loss) write_bytes(&s->out, scores, (size_t)vocab * sizeof *scores);
-            else if (t + 1 < n) judge(s, loss, steps[t + 1].id, scores);
+            else if (t + 1 < n) judge(s, loss, s->steps[t + 1].id, scores);
             show_progress(&progress, (double)at - n + t + 1, (double)ids->n);
         }
     }
-    free(steps);
 }
 
-static void score_text(Session *s, bool shows) {
-    Loss loss = {0, 0, shows};
+// For perplexity too, which shows no tokens but what they come to.
+static void run_score(Session *s) {
+    Loss loss = {0, 0, strcmp(s->options->mode, "score") == 0};
     Text *text = given_text(s);
     size_t n = text->ids.n - text->bos;
     if (n < 2) die("the text has %zu tokens, too few to score", n);
-    if (need_state(s, text->ids.n, 1) < 2) die("a context of 1 token has no room for one to score");
+    need_state(s, 2, (double)text->ids.n - 2, 1);
     text->ready.n = 0;  // the text is shown token by token, or not at all
     judge_text(s, &loss);
     double nats = loss.nats / loss.tokens;
-    if (!shows) print(&s->out, "nats %.6f per token\nperplexity %.4f\ntokens %.0f\n", nats,
-                      exp(nats), loss.tokens);
+    if (!loss.shows) print(&s->out, "nats %.6f per token\nperplexity %.4f\ntokens %.0f\n", nats,
+                           exp(nats), loss.tokens);
 }
 
-static void run_perplexity(Session *s) { score_text(s, false); }
-static void run_score(Session *s) { score_text(s, true); }
-
-// Token ids from -f in decimal, separated by white space, become the text; the logits after each,
-// float32 (tokens, vocabulary), go to -o.
+// Decimal token ids of -f become the text; the logits after each, float32 (n, vocab), go to -o.
 static void run_logits(Session *s) {
     static const char space[] = " \t\r\n";
     const char *path = s->options->file, *name = path ? path : "standard input";
@@ -2753,8 +2720,7 @@ static void run_logits(Session *s) {
     }
     free(b.at);
     if (ids->n == 0) die("%s: no token ids", name);
-    size_t context = need_state(s, ids->n, 1);
-    if (ids->n > context) die("there are %zu tokens, the context is %zu", ids->n, context);
+    need_state(s, ids->n, 0, 1);
     judge_text(s, NULL);
 }
 
@@ -2763,8 +2729,7 @@ static void run_tokens(Session *s) {
     for (size_t i = text->bos; i < text->ids.n; i++) print(&s->out, "%d\n", text->ids.at[i]);
 }
 
-// What a model has, what of it one token reads, and the multiply-adds of one in the layers.
-typedef struct { double parameters, bytes, products; } Cost;
+typedef struct { double parameters, bytes, products; } Cost;  // bytes a token reads; its products
 
 static Cost cost_of(const Config *c) {
     Cost cost = {0, 0, 0};
@@ -2782,8 +2747,8 @@ static Cost cost_of(const Config *c) {
 static void run_info(Session *s) {
     const Model *m = &s->model;
     const Config *c = &m->config;
-    int wanted = s->options->context ? (int)s->options->context : INT_MAX;
-    State state = {.model = m, .pool = &s->pool, .context = least(wanted, c->max_seq_len),
+    int context = s->options->context ? (int)s->options->context : INT_MAX;
+    State state = {.model = m, .pool = &s->pool, .context = least(context, c->max_seq_len),
                    .slots = 1, .batch = default_batch(c), .logit_rows = 1};
     print(&s->out, "file %s\nformat %s\nweights %s\nparameters %.0f\n", m->file.path, m->file.kind,
           type_names[c->type], cost_of(c).parameters);
@@ -2801,8 +2766,7 @@ static void run_info(Session *s) {
 // Rows of a matrix in another type: threads pack them, and then they go out.
 enum { PACKED = 64 * PANEL };
 typedef struct {
-    const Tensor *from; Type type;
-    int first; uint8_t *panels;           // of the rows, and what they become
+    const Tensor *from; Type type; int first; uint8_t *panels;  // of the rows, what they become
     double error[PACKED], power[PACKED];  // sums of squares
 } Packing;
 
@@ -2846,8 +2810,8 @@ static void run_quantize(Session *s) {
     int l = 0;
     to.config.type = strcmp(type, "q4") == 0 ? Q4 : Q8;
     if (m->config.type == Q4 || !*path || strcmp(type, type_names[to.config.type]) != 0)
-        die("-m quantize wants a model that is not q4, -q q8 or q4, and -o for the file to write, "
-            "not %s, -q '%s' and -o '%s'", o->model, type, path);
+        die("quantize wants a model not q4, -q q8 or q4, and -o FILE, not %s, -q '%s' and -o '%s'",
+            o->model, type, path);
     to.layers = new_array((size_t)to.config.n_layers, sizeof *to.layers);
     Header header = {MAGIC, 1, to.config, {0}, take_ours(&to)};
     write_bytes(&s->out, &header, HEADER);
@@ -2864,19 +2828,16 @@ static void run_quantize(Session *s) {
     }
     free(to.layers);
     for (SlotId i = 0; i < SLOTS && o->verbose; i++)
-        if (sums[i][1] > 0)
-            fprintf(stderr, "%-15s relative root mean square error %.5f\n", slots[i].name,
-                    sqrt(sums[i][0] / sums[i][1]));
+        if (sums[i][1] > 0) fprintf(stderr, "%-15s relative root mean square error %.5f\n",
+                                    slots[i].name, sqrt(sums[i][0] / sums[i][1]));
 }
 
-// Measuring: what the machine can do, and what share of it the model's work reaches. CHAINS
-// independent sums are as many as latency times units, and registers, want.
+// Measuring. CHAINS independent sums are as many as latency times units, and registers, want.
 enum { CHAINS = 12, ROUNDS = 64, ROUND = CHAINS * LANES * 4, TRIALS = 5 };
 
 // n items of a ceiling, or n steps from position `from` on, `batch` at a time and then logits.
 typedef struct {
-    enum { STEPS, READ, MULTIPLY, DOT } what;
-    int n, from, batch; const uint8_t *at;
+    enum { STEPS, READ, MULTIPLY, DOT } what; int n, from, batch; const uint8_t *at;
 } Trial;
 
 // An item is ROUNDS times CHAINS registers read, multiply-adds or dot products of them.
@@ -2894,13 +2855,9 @@ static void strain(void *job, int thread, int first, int end) {
     (void)*(volatile IntPart *)sum;  // so that no work is left out
 }
 
-static int by_value(const void *a, const void *b) {
-    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
-}
-
 // Say how often a second it is done, the median of TRIALS, times what that is worth; return that.
 static double measure(Session *s, const char *name, Trial t, double worth, const char *unit) {
-    double times[TRIALS];
+    double times[TRIALS];  // in order
     Text text = {0};
     t.at = s->model.file.at;
     for (int i = 0; t.what == STEPS && i < t.from + t.n; i++)
@@ -2912,10 +2869,12 @@ static double measure(Session *s, const char *name, Trial t, double worth, const
         if (t.what != STEPS) parallel(&s->pool, t.n, strain, &t);
         for (text.pos = t.from; t.what == STEPS && text.pos < t.from + t.n; catch_up(s, &text))
             text.ids.n = (size_t)(text.pos + t.batch);
-        times[i] = seconds() - start;
+        double time = seconds() - start;
+        int j = i;
+        for (; j > 0 && times[j - 1] > time; j--) times[j] = times[j - 1];
+        times[j] = time;
     }
     free_text(&text);
-    qsort(times, TRIALS, sizeof *times, by_value);
     double value = worth * t.n / times[TRIALS / 2];
     print(&s->out, "%s %.*f %s\n", name, value < 100 ? 2 : 0, value, unit);
     return value;
@@ -2923,7 +2882,7 @@ static double measure(Session *s, const char *name, Trial t, double worth, const
 
 // One `name value unit` a line: the machine's ceilings, then speeds and their share of them.
 static void run_bench(Session *s) {
-    need_state(s, SIZE_MAX, 1);
+    need_state(s, 0, INFINITY, 1);
     Cost cost = cost_of(&s->model.config);
     int context = s->state.context, prompt = least(512, context), threads = s->pool.threads;
     int depth = least((int)s->options->depth, context - 1), items = threads << 14;
@@ -2953,7 +2912,7 @@ static const struct Mode { const char *name, *does; void (*run)(Session *s); } m
     {"generate",   "continue the prompt (default)",                          run_generate},
     {"chat",       "talk: turns from -i and standard input",               run_chat},
     {"batch",      "complete the lines of -b, JSON lines out",             run_batch},
-    {"perplexity", "how well the text of -i or -f is foreseen",            run_perplexity},
+    {"perplexity", "how well the text of -i or -f is foreseen",            run_score},
     {"score",      "the same, token by token",                             run_score},
     {"logits",     "token ids of -f to logits: float32 (tokens, vocabulary)", run_logits},
     {"tokens",     "ids of the prompt, one a line, without BOS",             run_tokens},
@@ -3068,8 +3027,7 @@ int main(int argc, char **argv) {
     stop_pool(&s.pool);
     if (s.state.arena.at) close_state(&s.state);
     if (s.tokenizer_path) close_tokenizer(&s.tokenizer);
-    free(s.tokenizer_path);
-    free(s.candidates);
+    free(s.tokenizer_path), free(s.candidates), free(s.steps);
     free_text(&s.text);
     close_model(&s.model);
     return 0;
