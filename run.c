@@ -468,29 +468,28 @@ static void close_model(Model *m) { free(m->layers), close_file(&m->file); }
 // ------------------------------------------------------------------------------------------------
 // 4. Threads: one verb, parallel
 //
-// A job is n items, claimed a few at a time from one atomic word, so a thread that the system takes
+// A job is n items, claimed a few at a time from one atomic count, so a thread that the system takes
 // away holds up what it has claimed and nothing else: one that never woke holds up nothing. Whoever
 // waits spins for a moment, as jobs follow each other closely, and then sleeps until a bell rings.
 
 enum { MAX_THREADS = 1024, SPINS = 1 << 11 };
-
 typedef void Work(void *job, int thread, int first, int end);
 typedef struct { _Atomic int sleepers; pthread_cond_t rings; } Bell;
 
 typedef struct {
-    _Alignas(64) _Atomic uint64_t ticket;  // upper half: which job; lower: items nobody has claimed
-    _Alignas(64) _Atomic int undone;       // items of this job, as are the next three
-    _Alignas(64) _Atomic(Work *) work;
-    _Atomic(void *) job;
-    _Atomic int items, started;            // started: workers that have taken their number
+    _Alignas(64) _Atomic int unclaimed;  // items of this job, its last
+    _Alignas(64) _Atomic int undone;     // items of this job
+    _Alignas(64) Work *work;             // this and the next two: read by who has claimed some
+    void *job;
+    int items, threads;                  // the caller of parallel() is one of the threads
+    _Atomic int started;                 // workers that have taken their number
     _Atomic bool closing;
-    int threads;                           // the caller of parallel() is one
     pthread_t workers[MAX_THREADS];
     pthread_mutex_t mutex;
     Bell begun, finished;
 } Pool;
 
-static bool work_waits(Pool *p) { return (uint32_t)p->ticket || p->closing; }
+static bool work_waits(Pool *p) { return p->unclaimed || p->closing; }
 static bool job_done(Pool *p) { return p->undone == 0; }
 
 static void relax(void) {
@@ -518,20 +517,15 @@ static void ring(Pool *p, Bell *bell) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-// Claim a share of what is left, smaller towards the end, and do it, until nothing is left. A claim
-// that succeeds got work and items of its ticket's job: the next job's are written when all items
-// are done, those of this claim too. One that read them finds the ticket gone, and it does not come
-// back within 2^32 jobs, over an hour.
+// Claim a share of what is left, smaller towards the end, and do it, until nothing is left. What is
+// claimed is of the present job, which stays the present one until all its items are done.
 static void work_on(Pool *p, int thread) {
-    for (uint64_t ticket = p->ticket; (uint32_t)ticket;) {
-        int left = (int)(uint32_t)ticket, n = most(1, left / (4 * p->threads));
+    for (int left; (left = p->unclaimed) > 0;) {
+        int n = most(1, left / (4 * p->threads));
+        if (!atomic_compare_exchange_weak(&p->unclaimed, &left, left - n)) continue;
         int first = p->items - left;
-        Work *work = p->work;
-        void *job = p->job;
-        if (!atomic_compare_exchange_weak(&p->ticket, &ticket, ticket - (uint64_t)n)) continue;
-        work(job, thread, first, first + n);
+        p->work(p->job, thread, first, first + n);
         if (atomic_fetch_sub(&p->undone, n) == n) ring(p, &p->finished);
-        ticket = p->ticket;
     }
 }
 
@@ -542,18 +536,15 @@ static void *worker(void *pool) {
     return NULL;
 }
 
-// Do items 0 to n of a job on all threads; returns when all are done. Which thread does which items
-// is chance, so results must not depend on it.
+// Do items 0 to n of a job on all threads; returns when all are done. Which thread does which is
+// chance, so results must not depend on it.
 static void parallel(Pool *p, int n, Work *work, void *job) {
     if (p->threads == 1 || n <= 1) {
         if (n) work(job, 0, 0, n);
         return;
     }
-    atomic_store_explicit(&p->work, work, memory_order_relaxed);  // the ticket makes them known
-    atomic_store_explicit(&p->job, job, memory_order_relaxed);
-    atomic_store_explicit(&p->items, n, memory_order_relaxed);
-    atomic_store_explicit(&p->undone, n, memory_order_relaxed);
-    p->ticket = ((p->ticket >> 32) + 1) << 32 | (uint32_t)n;
+    p->work = work, p->job = job, p->items = p->undone = n;
+    p->unclaimed = n;  // from here on the others may claim
     ring(p, &p->begun);
     work_on(p, 0);
     await(p, &p->finished, job_done);
