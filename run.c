@@ -570,10 +570,9 @@ static void stop_pool(Pool *p) {
 // The number that `format` finds in a file of the system, or `otherwise`.
 static long read_number(const char *path, const char *format, long otherwise) {
     FILE *f = fopen(path, "r");
-    long v;
-    if (!f || fscanf(f, format, &v) != 1) v = otherwise;
+    long v, found = f ? fscanf(f, format, &v) : 0;
     if (f) fclose(f);
-    return v;
+    return found == 1 ? v : otherwise;
 }
 
 // Physical cores this process may use: of the hyper-threads of a core only the first is counted
@@ -1305,7 +1304,6 @@ static double pack_row(uint8_t *panel, Type type, int row, const float *x, int c
 
 enum { BLOCK = 256 };
 enum { A_QUERIES = LANES == 16 ? 8 : 4, A_SUMS = LANES == 16 ? 16 : 4 };  // vectors in registers
-
 static float *row(float *rows, int t, int width) { return rows + (size_t)t * (size_t)width; }
 
 // For each key/value head of each layer of each sequence its blocks, in each the keys and then the
@@ -1379,36 +1377,30 @@ INLINE void mix_tile(const Mix *m, int v0, const bool half, const int Q, const i
         }
         UNROLL for (int j = 0; j < Q; j++) {
             f32v share = spread(m->share[j][i]);
-            UNROLL for (int v = 0; v < V; v++)
-                sum[j][v] = fma16(share, vector[v], sum[j][v]);
+            UNROLL for (int v = 0; v < V; v++) sum[j][v] = fma16(share, vector[v], sum[j][v]);
         }
     }
     UNROLL for (int j = 0; j < Q; j++)
-        UNROLL for (int v = 0; v < V; v++)
-            store_f32(m->out[j] + (v0 + v) * WIDTH, sum[j][v]);
+        UNROLL for (int v = 0; v < V; v++) store_f32(m->out[j] + (v0 + v) * WIDTH, sum[j][v]);
 }
 
-INLINE void mix_tiles(const Mix *m, int count, const bool half, const int Q, const int V) {
+INLINE void mix_tiles(const Mix *m, int count, const int Q, const int V) {
     int v = 0;
-    for (; count - v >= V; v += V) mix_tile(m, v, half, Q, V);
-    for (; v < count; v++) mix_tile(m, v, half, Q, 1);
+    for (; count - v >= V; v += V)
+        m->half ? mix_tile(m, v, true, Q, V) : mix_tile(m, v, false, Q, V);
+    for (; v < count; v++) m->half ? mix_tile(m, v, true, Q, 1) : mix_tile(m, v, false, Q, 1);
 }
 
 // All vectors, for as few queries as there are tiles for.
-INLINE void mix_all(const Mix *m, int count, int queries, const bool half) {
-    if (queries == 1)      mix_tiles(m, count, half, 1, 4);
-    else if (queries <= 4) mix_tiles(m, count, half, 4, A_SUMS / 4);
-    else                   mix_tiles(m, count, half, A_QUERIES, A_SUMS / A_QUERIES);
-}
-
 static void mix(const Mix *m, int count, int queries) {
-    m->half ? mix_all(m, count, queries, true) : mix_all(m, count, queries, false);
+    if (queries == 1)      mix_tiles(m, count, 1, 4);
+    else if (queries <= 4) mix_tiles(m, count, 4, A_SUMS / 4);
+    else                   mix_tiles(m, count, A_QUERIES, A_SUMS / A_QUERIES);
 }
 
 // What a query has gathered, numbers: the largest score, and relative to it the sum of weights and
 // the mix of values (head_pad). Nothing: the sum is 0.
 enum { PEAK, TOTAL, MIX };
-
 static float exp_of(float x) { return greatest(exponential(spread(x))); }
 
 // b comes after a, is added to it and left empty.
@@ -1474,10 +1466,7 @@ static void look(const Query *q, int n, const Cache *b, int start, float *found)
 // A token on its way through the layers. Sequences in different slots do not see each other.
 typedef struct { int id, slot, pos; } Step;
 
-typedef struct State State;
-typedef void RowWork(State *s, int t);
-
-struct State {
+typedef struct State {
     const Model *model;     // the first six are set before open_state
     Pool *pool;
     int context, slots;     // positions a sequence has room for, and how many sequences
@@ -1496,11 +1485,12 @@ struct State {
     const Step *steps;      // (n)  what goes through
     int n, l, run, parts, records;  // l: the layer; the others: see attend
     const Tensor *norm;     // weight of the next norm
-    RowWork *work;          // of each_row
-};
+    void (*work)(struct State *s, int t);  // of each_row
+} State;
 
 // The widest row that any product takes or gives, but for the logits.
 static int widest(const Config *c) { return most(most(c->dim, c->hidden_dim), q_dim(c)); }
+static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
 
 // Every array of the state, once to add up the sizes and once to deal them out.
 static void lay_out(State *s, Arena *a) {
@@ -1537,7 +1527,6 @@ static void open_state(State *s) {
     s->arena = open_arena(state_bytes(*s), "a smaller context (-c) needs less");
     lay_out(s, &s->arena);
 }
-
 static void close_state(State *s) { close_arena(&s->arena); }
 
 // Steps at once: enough that weights read once serve many, in about 12 MB of rows.
@@ -1553,12 +1542,10 @@ static void do_rows(void *job, int thread, int first, int end) {
     for (int t = first; t < end; t++) s->work(s, t);
 }
 
-static void each_row(State *s, RowWork *work) {
+static void each_row(State *s, void (*work)(State *s, int t)) {
     s->work = work;
     parallel(s->pool, s->n, do_rows, s);
 }
-
-static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
 
 // Angle per position of RoPE pair i: theta^(-2i / head_dim) (Su et al. 2021, 3.4.2), slowed down
 // for contexts longer than trained on: all of them by a factor, or as Llama 3.1 does, only those
@@ -1595,7 +1582,7 @@ static void rmsnorm(float *out, const float *x, const Tensor *weight, float eps)
     for (int i = 0; i < n; i++) out[i] = x[i] * scale * vector(weight)[i];
 }
 
-// x += branch, which is 0 from then on; in = norm(x)
+// x += branch, in = norm(x). The branch is 0 then, so that who comes again adds nothing twice.
 static void norm_row(State *s, int t) {
     const Config *c = &s->model->config;
     float *x = row(s->x, t, c->dim), *branch = row(s->branch, t, c->dim);
@@ -1637,8 +1624,7 @@ static size_t cache_head(const State *s, int t, int kv_head) {
     return ((size_t)s->steps[t].slot * layers + (size_t)s->l) * heads + (size_t)kv_head;
 }
 
-// Queries, keys and values of a step made ready with what the model has for them, biases, norms of
-// heads and the position's turn; keys and values go to the cache.
+// Biases and norms of heads, if the model has them, and turns; keys and values go to the cache.
 static void place_row(State *s, int t) {
     const Config *c = &s->model->config;
     const Tensor *w = s->model->layers[s->l];
@@ -1661,8 +1647,7 @@ static float *answer_at(const State *s, int t, int part, int head) {
     return row(row(s->answers, t * s->parts + part, s->model->config.n_heads * size), head, size);
 }
 
-// An item is `run` steps, neighbours in one sequence, times a key/value head, times every parts-th
-// block.
+// An item is `run` steps in a row of one sequence, a key/value head and every parts-th block.
 static void attend_items(void *job, int thread, int first, int end) {
     State *s = job;
     const Config *c = &s->model->config;
@@ -2268,9 +2253,7 @@ typedef struct { double temperature, top_p, min_p, penalty, top_k; } Taste;  // 
 
 // xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact, 1 not reached.
 static float random_float(uint64_t *state) {
-    *state ^= *state >> 12;
-    *state ^= *state << 25;
-    *state ^= *state >> 27;
+    *state ^= *state >> 12, *state ^= *state << 25, *state ^= *state >> 27;
     return (float)(uint32_t)((*state * 0x2545f4914f6cdd1dull) >> 32 >> 8) * 0x1p-24f;
 }
 
