@@ -482,8 +482,7 @@ typedef struct {
     _Alignas(64) Work *work;             // this and the next two: read by who has claimed some
     void *job;
     int items, threads;                  // the caller of parallel() is one of the threads
-    _Atomic int started;                 // workers that have taken their number
-    _Atomic bool closing;
+    _Atomic int started, closing;        // workers that have taken their number; 1: they shall end
     pthread_t workers[MAX_THREADS];
     pthread_mutex_t mutex;
     Bell begun, finished;
@@ -536,8 +535,7 @@ static void *worker(void *pool) {
     return NULL;
 }
 
-// Do items 0 to n of a job on all threads; returns when all are done. Which thread does which is
-// chance, so results must not depend on it.
+// Do all items 0 to n of a job. Which thread does which is chance: results must not depend on it.
 static void parallel(Pool *p, int n, Work *work, void *job) {
     if (p->threads == 1 || n <= 1) {
         if (n) work(job, 0, 0, n);
@@ -561,7 +559,7 @@ static void start_pool(Pool *p, int threads) {
 }
 
 static void stop_pool(Pool *p) {
-    p->closing = true;
+    p->closing = 1;
     ring(p, &p->begun);
     for (int i = 1; i < p->threads; i++) pthread_join(p->workers[i], NULL);
 }
@@ -1405,9 +1403,8 @@ static float exp_of(float x) { return greatest(exponential(spread(x))); }
 
 // b comes after a, is added to it and left empty.
 static void merge(float *a, float *b, int head_dim) {
-    if (a[TOTAL] == 0) {
-        memcpy(a, b, (size_t)(MIX + head_dim) * sizeof *a);
-    } else if (b[TOTAL] != 0) {
+    if (a[TOTAL] == 0) memcpy(a, b, (size_t)(MIX + head_dim) * sizeof *a);
+    else if (b[TOTAL] != 0) {
         float peak = a[PEAK] > b[PEAK] ? a[PEAK] : b[PEAK];
         float mine = exp_of(a[PEAK] - peak), other = exp_of(b[PEAK] - peak);
         for (int i = TOTAL; i < MIX + head_dim; i++) a[i] = a[i] * mine + b[i] * other;
@@ -1467,8 +1464,7 @@ static void look(const Query *q, int n, const Cache *b, int start, float *found)
 typedef struct { int id, slot, pos; } Step;
 
 typedef struct State {
-    const Model *model;     // the first six are set before open_state
-    Pool *pool;
+    const Model *model; Pool *pool;  // the first six are set before open_state
     int context, slots;     // positions a sequence has room for, and how many sequences
     int batch, logit_rows;  // steps in the layers at once, and logits kept at once, at most
     float *x, *branch;      // (batch, dim)     the residual stream, what is to be added to it
@@ -1552,8 +1548,7 @@ static void each_row(State *s, void (*work)(State *s, int t)) {
 // whose wave is long against the original context, with a ramp between the two.
 static double rope_frequency(const Config *c, int i) {
     double f = pow((double)c->rope_theta, -2.0 * i / c->head_dim);
-    if (c->scaling == LINEAR) return f / (double)c->factor;
-    if (c->scaling == NO_SCALING) return f;
+    if (c->scaling != LLAMA3) return c->scaling == LINEAR ? f / (double)c->factor : f;
     double waves = c->original_context * f / (2 * 3.14159265358979323846);
     double low = (double)c->low_freq_factor, high = (double)c->high_freq_factor;
     double keep = waves < low ? 0 : waves > high ? 1 : (waves - low) / (high - low);
@@ -1708,7 +1703,6 @@ static void attend(State *s) {
 }
 
 static void normalize(State *s, const Tensor *weight) { s->norm = weight, each_row(s, norm_row); }
-
 static void multiply(const State *s, Matmul m) {
     m.in = &s->in, m.n = s->n, m.scratch = s->scratch;
     matmul(s->pool, &m);
@@ -2292,8 +2286,7 @@ static void sort_candidates(Candidate *c, int n) {
     }
 }
 
-// What top-k, top-p and min-p leave of n probabilities, likeliest first; returns how many, at least
-// one, and their sum.
+// What top-k, top-p and min-p leave of n probabilities, likeliest first: how many (> 0), their sum.
 static int shortlist(Candidate *c, float *sum, const float *p, int n, const Taste *taste) {
     float top_p = taste->top_p > 0 && taste->top_p < 1 ? (float)taste->top_p : INFINITY, whole = 1;
     float cutoff = taste->top_k ? 0 : (1 - top_p) / (float)(n - 1);  // below it nothing is in top-p
@@ -2311,8 +2304,7 @@ static int shortlist(Candidate *c, float *sum, const float *p, int n, const Tast
     return kept;
 }
 
-// Tokens of the text become less likely, each once: positive logits divided, negative ones
-// multiplied. `old` (vocab) has room for the logits before.
+// Each token of the text becomes less likely, once. `old` (vocab) has room for the logits before.
 static void penalize(float *logits, Candidate *old, const Tokens *text, float penalty) {
     for (size_t i = 0; i < text->n; i++) old[text->at[i]].p = logits[text->at[i]];
     for (size_t i = 0; i < text->n; i++) {
