@@ -466,29 +466,27 @@ static void close_model(Model *m) { free(m->layers), close_file(&m->file); }
 // ------------------------------------------------------------------------------------------------
 // 4. Threads: one verb, parallel
 //
-// A job is n items, claimed a few at a time from one atomic word, so a thread that the system takes
+// A job is n items, claimed a few at a time from one atomic count, so a thread that the system takes
 // away holds up what it has claimed and nothing else: one that never woke holds up nothing. Whoever
 // waits spins for a moment, as jobs follow each other closely, and then sleeps until a bell rings.
 
 enum { MAX_THREADS = 1024, SPINS = 1 << 11 };
-
 typedef void Work(void *job, int thread, int first, int end);
 typedef struct { _Atomic int sleepers; pthread_cond_t rings; } Bell;
 
 typedef struct {
-    _Alignas(64) _Atomic uint64_t ticket;  // upper half: which job; lower: items nobody has claimed
-    _Alignas(64) _Atomic int undone;       // items of this job, as are the next three
-    _Alignas(64) _Atomic(Work *) work;
-    _Atomic(void *) job;
-    _Atomic int items, started;            // started: workers that have taken their number
-    _Atomic bool closing;
-    int threads;                           // the caller of parallel() is one
+    _Alignas(64) _Atomic int unclaimed;  // items of this job, its last
+    _Alignas(64) _Atomic int undone;     // items of this job
+    _Alignas(64) Work *work;             // this and the next two: read by who has claimed some
+    void *job;
+    int items, threads;                  // the caller of parallel() is one of the threads
+    _Atomic int started, closing;        // workers that have taken their number; 1: they shall end
     pthread_t workers[MAX_THREADS];
     pthread_mutex_t mutex;
     Bell begun, finished;
 } Pool;
 
-static bool work_waits(Pool *p) { return (uint32_t)p->ticket || p->closing; }
+static bool work_waits(Pool *p) { return p->unclaimed || p->closing; }
 static bool job_done(Pool *p) { return p->undone == 0; }
 
 static void relax(void) {
@@ -516,20 +514,15 @@ static void ring(Pool *p, Bell *bell) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-// Claim a share of what is left, smaller towards the end, and do it, until nothing is left. A claim
-// that succeeds got work and items of its ticket's job: the next job's are written when all items
-// are done, those of this claim too. One that read them finds the ticket gone, and it does not come
-// back within 2^32 jobs, over an hour.
+// Claim a share of what is left, smaller towards the end, and do it, until nothing is left. What is
+// claimed is of the present job, which stays the present one until all its items are done.
 static void work_on(Pool *p, int thread) {
-    for (uint64_t ticket = p->ticket; (uint32_t)ticket;) {
-        int left = (int)(uint32_t)ticket, n = most(1, left / (4 * p->threads));
+    for (int left; (left = p->unclaimed) > 0;) {
+        int n = most(1, left / (4 * p->threads));
+        if (!atomic_compare_exchange_weak(&p->unclaimed, &left, left - n)) continue;
         int first = p->items - left;
-        Work *work = p->work;
-        void *job = p->job;
-        if (!atomic_compare_exchange_weak(&p->ticket, &ticket, ticket - (uint64_t)n)) continue;
-        work(job, thread, first, first + n);
+        p->work(p->job, thread, first, first + n);
         if (atomic_fetch_sub(&p->undone, n) == n) ring(p, &p->finished);
-        ticket = p->ticket;
     }
 }
 
@@ -540,18 +533,14 @@ static void *worker(void *pool) {
     return NULL;
 }
 
-// Do items 0 to n of a job on all threads; returns when all are done. Which thread does which items
-// is chance, so results must not depend on it.
+// Do all items 0 to n of a job. Which thread does which is chance: results must not depend on it.
 static void parallel(Pool *p, int n, Work *work, void *job) {
     if (p->threads == 1 || n <= 1) {
         if (n) work(job, 0, 0, n);
         return;
     }
-    atomic_store_explicit(&p->work, work, memory_order_relaxed);  // the ticket makes them known
-    atomic_store_explicit(&p->job, job, memory_order_relaxed);
-    atomic_store_explicit(&p->items, n, memory_order_relaxed);
-    atomic_store_explicit(&p->undone, n, memory_order_relaxed);
-    p->ticket = ((p->ticket >> 32) + 1) << 32 | (uint32_t)n;
+    p->work = work, p->job = job, p->items = p->undone = n;
+    p->unclaimed = n;  // from here on the others may claim
     ring(p, &p->begun);
     work_on(p, 0);
     await(p, &p->finished, job_done);
@@ -568,7 +557,7 @@ static void start_pool(Pool *p, int threads) {
 }
 
 static void stop_pool(Pool *p) {
-    p->closing = true;
+    p->closing = 1;
     ring(p, &p->begun);
     for (int i = 1; i < p->threads; i++) pthread_join(p->workers[i], NULL);
 }
@@ -577,10 +566,9 @@ static void stop_pool(Pool *p) {
 // The number that `format` finds in a file of the system, or `otherwise`.
 static long read_number(const char *path, const char *format, long otherwise) {
     FILE *f = fopen(path, "r");
-    long v;
-    if (!f || fscanf(f, format, &v) != 1) v = otherwise;
+    long v, found = f ? fscanf(f, format, &v) : 0;
     if (f) fclose(f);
-    return v;
+    return found == 1 ? v : otherwise;
 }
 
 // Physical cores this process may use: of the hyper-threads of a core only the first is counted
@@ -1269,7 +1257,6 @@ static double pack_row(uint8_t *panel, Type type, int row, const float *x, int c
 
 enum { BLOCK = 256 };
 enum { A_QUERIES = LANES == 16 ? 8 : 4, A_SUMS = LANES == 16 ? 16 : 4 };  // vectors in registers
-
 static float *row(float *rows, int t, int width) { return rows + (size_t)t * (size_t)width; }
 
 // For each key/value head of each layer of each sequence its blocks, in each the keys and then the
@@ -1343,43 +1330,36 @@ INLINE void mix_tile(const Mix *m, int v0, const bool half, const int Q, const i
         }
         UNROLL for (int j = 0; j < Q; j++) {
             f32v share = spread(m->share[j][i]);
-            UNROLL for (int v = 0; v < V; v++)
-                sum[j][v] = fma16(share, vector[v], sum[j][v]);
+            UNROLL for (int v = 0; v < V; v++) sum[j][v] = fma16(share, vector[v], sum[j][v]);
         }
     }
     UNROLL for (int j = 0; j < Q; j++)
-        UNROLL for (int v = 0; v < V; v++)
-            store_f32(m->out[j] + (v0 + v) * WIDTH, sum[j][v]);
+        UNROLL for (int v = 0; v < V; v++) store_f32(m->out[j] + (v0 + v) * WIDTH, sum[j][v]);
 }
 
-INLINE void mix_tiles(const Mix *m, int count, const bool half, const int Q, const int V) {
+INLINE void mix_tiles(const Mix *m, int count, const int Q, const int V) {
     int v = 0;
-    for (; count - v >= V; v += V) mix_tile(m, v, half, Q, V);
-    for (; v < count; v++) mix_tile(m, v, half, Q, 1);
+    for (; count - v >= V; v += V)
+        m->half ? mix_tile(m, v, true, Q, V) : mix_tile(m, v, false, Q, V);
+    for (; v < count; v++) m->half ? mix_tile(m, v, true, Q, 1) : mix_tile(m, v, false, Q, 1);
 }
 
 // All vectors, for as few queries as there are tiles for.
-INLINE void mix_all(const Mix *m, int count, int queries, const bool half) {
-    if (queries == 1)      mix_tiles(m, count, half, 1, 4);
-    else if (queries <= 4) mix_tiles(m, count, half, 4, A_SUMS / 4);
-    else                   mix_tiles(m, count, half, A_QUERIES, A_SUMS / A_QUERIES);
-}
-
 static void mix(const Mix *m, int count, int queries) {
-    m->half ? mix_all(m, count, queries, true) : mix_all(m, count, queries, false);
+    if (queries == 1)      mix_tiles(m, count, 1, 4);
+    else if (queries <= 4) mix_tiles(m, count, 4, A_SUMS / 4);
+    else                   mix_tiles(m, count, A_QUERIES, A_SUMS / A_QUERIES);
 }
 
 // What a query has gathered, numbers: the largest score, and relative to it the sum of weights and
 // the mix of values (head_pad). Nothing: the sum is 0.
 enum { PEAK, TOTAL, MIX };
-
 static float exp_of(float x) { return greatest(exponential(spread(x))); }
 
 // b comes after a, is added to it and left empty.
 static void merge(float *a, float *b, int head_dim) {
-    if (a[TOTAL] == 0) {
-        memcpy(a, b, (size_t)(MIX + head_dim) * sizeof *a);
-    } else if (b[TOTAL] != 0) {
+    if (a[TOTAL] == 0) memcpy(a, b, (size_t)(MIX + head_dim) * sizeof *a);
+    else if (b[TOTAL] != 0) {
         float peak = a[PEAK] > b[PEAK] ? a[PEAK] : b[PEAK];
         float mine = exp_of(a[PEAK] - peak), other = exp_of(b[PEAK] - peak);
         for (int i = TOTAL; i < MIX + head_dim; i++) a[i] = a[i] * mine + b[i] * other;
@@ -1438,12 +1418,8 @@ static void look(const Query *q, int n, const Cache *b, int start, float *found)
 // A token on its way through the layers. Sequences in different slots do not see each other.
 typedef struct { int id, slot, pos; } Step;
 
-typedef struct State State;
-typedef void RowWork(State *s, int t);
-
-struct State {
-    const Model *model;     // the first six are set before open_state
-    Pool *pool;
+typedef struct State {
+    const Model *model; Pool *pool;  // the first six are set before open_state
     int context, slots;     // positions a sequence has room for, and how many sequences
     int batch, logit_rows;  // steps in the layers at once, and logits kept at once, at most
     float *x, *branch;      // (batch, dim)     the residual stream, what is to be added to it
@@ -1460,11 +1436,12 @@ struct State {
     const Step *steps;      // (n)  what goes through
     int n, l, run, parts, records;  // l: the layer; the others: see attend
     const Tensor *norm;     // weight of the next norm
-    RowWork *work;          // of each_row
-};
+    void (*work)(struct State *s, int t);  // of each_row
+} State;
 
 // The widest row that any product takes or gives, but for the logits.
 static int widest(const Config *c) { return most(most(c->dim, c->hidden_dim), q_dim(c)); }
+static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
 
 // Every array of the state, once to add up the sizes and once to deal them out.
 static void lay_out(State *s, Arena *a) {
@@ -1501,7 +1478,6 @@ static void open_state(State *s) {
     s->arena = open_arena(state_bytes(*s), "a smaller context (-c) needs less");
     lay_out(s, &s->arena);
 }
-
 static void close_state(State *s) { close_arena(&s->arena); }
 
 // Steps at once: enough that weights read once serve many, in about 12 MB of rows.
@@ -1517,20 +1493,17 @@ static void do_rows(void *job, int thread, int first, int end) {
     for (int t = first; t < end; t++) s->work(s, t);
 }
 
-static void each_row(State *s, RowWork *work) {
+static void each_row(State *s, void (*work)(State *s, int t)) {
     s->work = work;
     parallel(s->pool, s->n, do_rows, s);
 }
-
-static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
 
 // Angle per position of RoPE pair i: theta^(-2i / head_dim) (Su et al. 2021, 3.4.2), slowed down
 // for contexts longer than trained on: all of them by a factor, or as Llama 3.1 does, only those
 // whose wave is long against the original context, with a ramp between the two.
 static double rope_frequency(const Config *c, int i) {
     double f = pow((double)c->rope_theta, -2.0 * i / c->head_dim);
-    if (c->scaling == LINEAR) return f / (double)c->factor;
-    if (c->scaling == NO_SCALING) return f;
+    if (c->scaling != LLAMA3) return c->scaling == LINEAR ? f / (double)c->factor : f;
     double waves = c->original_context * f / (2 * 3.14159265358979323846);
     double low = (double)c->low_freq_factor, high = (double)c->high_freq_factor;
     double keep = waves < low ? 0 : waves > high ? 1 : (waves - low) / (high - low);
@@ -1559,7 +1532,7 @@ static void rmsnorm(float *out, const float *x, const Tensor *weight, float eps)
     for (int i = 0; i < n; i++) out[i] = x[i] * scale * vector(weight)[i];
 }
 
-// x += branch, which is 0 from then on; in = norm(x)
+// x += branch, in = norm(x). The branch is 0 then, so that who comes again adds nothing twice.
 static void norm_row(State *s, int t) {
     const Config *c = &s->model->config;
     float *x = row(s->x, t, c->dim), *branch = row(s->branch, t, c->dim);
@@ -1601,8 +1574,7 @@ static size_t cache_head(const State *s, int t, int kv_head) {
     return ((size_t)s->steps[t].slot * layers + (size_t)s->l) * heads + (size_t)kv_head;
 }
 
-// Queries, keys and values of a step made ready with what the model has for them, biases, norms of
-// heads and the position's turn; keys and values go to the cache.
+// Biases and norms of heads, if the model has them, and turns; keys and values go to the cache.
 static void place_row(State *s, int t) {
     const Config *c = &s->model->config;
     const Tensor *w = s->model->layers[s->l];
@@ -1625,8 +1597,7 @@ static float *answer_at(const State *s, int t, int part, int head) {
     return row(row(s->answers, t * s->parts + part, s->model->config.n_heads * size), head, size);
 }
 
-// An item is `run` steps, neighbours in one sequence, times a key/value head, times every parts-th
-// block.
+// An item is `run` steps in a row of one sequence, a key/value head and every parts-th block.
 static void attend_items(void *job, int thread, int first, int end) {
     State *s = job;
     const Config *c = &s->model->config;
@@ -1687,7 +1658,6 @@ static void attend(State *s) {
 }
 
 static void normalize(State *s, const Tensor *weight) { s->norm = weight, each_row(s, norm_row); }
-
 static void multiply(const State *s, Matmul m) {
     m.in = &s->in, m.n = s->n, m.scratch = s->scratch;
     matmul(s->pool, &m);
@@ -2211,9 +2181,7 @@ typedef struct { double temperature, top_p, min_p, penalty, top_k; } Taste;  // 
 
 // xorshift64* (Vigna 2016): a float in [0, 1) of 24 bits, so every value is exact, 1 not reached.
 static float random_float(uint64_t *state) {
-    *state ^= *state >> 12;
-    *state ^= *state << 25;
-    *state ^= *state >> 27;
+    *state ^= *state >> 12, *state ^= *state << 25, *state ^= *state >> 27;
     return (float)(uint32_t)((*state * 0x2545f4914f6cdd1dull) >> 32 >> 8) * 0x1p-24f;
 }
 
@@ -2252,8 +2220,7 @@ static void sort_candidates(Candidate *c, int n) {
     }
 }
 
-// What top-k, top-p and min-p leave of n probabilities, likeliest first; returns how many, at least
-// one, and their sum.
+// What top-k, top-p and min-p leave of n probabilities, likeliest first: how many (> 0), their sum.
 static int shortlist(Candidate *c, float *sum, const float *p, int n, const Taste *taste) {
     float top_p = taste->top_p > 0 && taste->top_p < 1 ? (float)taste->top_p : INFINITY, whole = 1;
     float cutoff = taste->top_k ? 0 : (1 - top_p) / (float)(n - 1);  // below it nothing is in top-p
@@ -2271,8 +2238,7 @@ static int shortlist(Candidate *c, float *sum, const float *p, int n, const Tast
     return kept;
 }
 
-// Tokens of the text become less likely, each once: positive logits divided, negative ones
-// multiplied. `old` (vocab) has room for the logits before.
+// Each token of the text becomes less likely, once. `old` (vocab) has room for the logits before.
 static void penalize(float *logits, Candidate *old, const Tokens *text, float penalty) {
     for (size_t i = 0; i < text->n; i++) old[text->at[i]].p = logits[text->at[i]];
     for (size_t i = 0; i < text->n; i++) {
