@@ -466,8 +466,8 @@ static void close_model(Model *m) { free(m->layers), close_file(&m->file); }
 // ------------------------------------------------------------------------------------------------
 // 4. Threads: one verb, parallel
 //
-// A job is n items, claimed a few at a time from one atomic count, so a thread that the system takes
-// away holds up what it has claimed and nothing else: one that never woke holds up nothing. Whoever
+// A job is n items, claimed a few at a time from one atomic count: a thread that the system takes
+// away holds up what it has claimed and nothing else; one that never woke holds up nothing. Whoever
 // waits spins for a moment, as jobs follow each other closely, and then sleeps until a bell rings.
 
 enum { MAX_THREADS = 1024, SPINS = 1 << 11 };
@@ -539,7 +539,8 @@ static void parallel(Pool *p, int n, Work *work, void *job) {
         if (n) work(job, 0, 0, n);
         return;
     }
-    p->work = work, p->job = job, p->items = p->undone = n;
+    p->work = work, p->job = job, p->items = n;
+    p->undone = n;
     p->unclaimed = n;  // from here on the others may claim
     ring(p, &p->begun);
     work_on(p, 0);
@@ -628,25 +629,26 @@ typedef struct { FloatPart p[PARTS]; } f32v;
 typedef struct { IntPart p[PARTS]; } i32v;
 
 #define EACH_PART UNROLL for (int k = 0; k < PARTS; k++)
-#define MAP(type, part) { type r; EACH_PART r.p[k] = part; return r; }
+#define MAP(type, part) type r; EACH_PART r.p[k] = part; return r
 
-INLINE f32v spread(float x) MAP(f32v, x - (FloatPart){0})
-INLINE i32v spread_int(int32_t x) MAP(i32v, x - (IntPart){0})
-INLINE f32v add(f32v a, f32v b) MAP(f32v, a.p[k] + b.p[k])
-INLINE f32v sub(f32v a, f32v b) MAP(f32v, a.p[k] - b.p[k])
-INLINE f32v mul(f32v a, f32v b) MAP(f32v, a.p[k] * b.p[k])
-INLINE f32v over(f32v a, f32v b) MAP(f32v, a.p[k] / b.p[k])
-INLINE f32v as_float(i32v a) MAP(f32v, (FloatPart)a.p[k])
-INLINE i32v as_int(f32v a) MAP(i32v, (IntPart)a.p[k])
-INLINE i32v less(f32v a, f32v b) MAP(i32v, a.p[k] < b.p[k])
-INLINE f32v magnitude(f32v a) MAP(f32v, (FloatPart)((IntPart)a.p[k] & 0x7fffffff))
+INLINE f32v spread(float x) { MAP(f32v, x - (FloatPart){0}); }
+INLINE i32v spread_int(int32_t x) { MAP(i32v, x - (IntPart){0}); }
+INLINE f32v add(f32v a, f32v b) { MAP(f32v, a.p[k] + b.p[k]); }
+INLINE f32v sub(f32v a, f32v b) { MAP(f32v, a.p[k] - b.p[k]); }
+INLINE f32v mul(f32v a, f32v b) { MAP(f32v, a.p[k] * b.p[k]); }
+INLINE f32v over(f32v a, f32v b) { MAP(f32v, a.p[k] / b.p[k]); }
+INLINE f32v as_float(i32v a) { MAP(f32v, (FloatPart)a.p[k]); }
+INLINE i32v as_int(f32v a) { MAP(i32v, (IntPart)a.p[k]); }
+INLINE i32v less(f32v a, f32v b) { MAP(i32v, a.p[k] < b.p[k]); }
+INLINE f32v magnitude(f32v a) { MAP(f32v, (FloatPart)((IntPart)a.p[k] & 0x7fffffff)); }
 
 // Where the mask has all bits a, where it has none b.
-INLINE f32v choose(i32v mask, f32v a, f32v b)
-    MAP(f32v, (FloatPart)(((IntPart)a.p[k] & mask.p[k]) | ((IntPart)b.p[k] & ~mask.p[k])))
+INLINE f32v choose(i32v mask, f32v a, f32v b) {
+    MAP(f32v, (FloatPart)(((IntPart)a.p[k] & mask.p[k]) | ((IntPart)b.p[k] & ~mask.p[k])));
+}
 INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
 
-INLINE i32v load_line(const void *line) MAP(i32v, ((const LooseInts *)line)[k])
+INLINE i32v load_line(const void *line) { MAP(i32v, ((const LooseInts *)line)[k]); }
 INLINE f32v load_f32(const float *x) { return as_float(load_line(x)); }
 INLINE void store_f32(float *x, f32v v) { EACH_PART ((LooseInts *)x)[k] = (IntPart)v.p[k]; }
 
@@ -779,9 +781,9 @@ INLINE IntPart add_pairs(IntPart sum, IntPart pairs) { return sum + pairs; }
 INLINE IntPart dot_pairs(IntPart pairs, IntPart w, IntPart x) { return dot4(pairs, w, x); }
 #endif
 
-INLINE f32v fma16(f32v a, f32v b, f32v c) MAP(f32v, fused(a.p[k], b.p[k], c.p[k]))
-INLINE f32v load_bf16(const uint16_t *x) MAP(f32v, wide_bf16(x + k * LANES))
-INLINE f32v load_f16(const uint16_t *x) MAP(f32v, wide_f16(x + k * LANES))
+INLINE f32v fma16(f32v a, f32v b, f32v c) { MAP(f32v, fused(a.p[k], b.p[k], c.p[k])); }
+INLINE f32v load_bf16(const uint16_t *x) { MAP(f32v, wide_bf16(x + k * LANES)); }
+INLINE f32v load_f16(const uint16_t *x) { MAP(f32v, wide_f16(x + k * LANES)); }
 INLINE void store_f16(uint16_t *x, f32v v) { EACH_PART narrow_f16(x + k * LANES, v.p[k]); }
 
 // The one order in which 16 lanes become one number: lanes 8 apart, then 4, 2 and 1 apart.
@@ -890,7 +892,9 @@ INLINE void store_some(float *out, f32v v, int n) {
 //
 // q8 stores w/scale plus 128, q4 plus 8. Rows and columns that pad are zero, scales that pad are 0.
 
-enum { Q4_ZERO = 8, UNIT = 32 };  // a matmul is cut into units of 32 rows
+// A matmul is cut into units of 32 rows; float ones have tiles of F_ROWS and COLUMNS made floats at
+// once; AHEAD are the bytes that decoding sends for in front of where it is.
+enum { Q4_ZERO = 8, UNIT = 32, F_ROWS = 4, COLUMNS = 1024, AHEAD = 2048 };
 
 // What goes into a product: n rows of cols numbers, and for quantized weights the same as integers:
 // each group of 32 as whole numbers of -127 to 127 times a scale.
@@ -941,8 +945,9 @@ INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
     return w;
 }
 
-INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs)
-    MAP(i32v, pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k]) : dot4(sum.p[k], w.p[k], x.p[k]))
+INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
+    MAP(i32v, pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k]) : dot4(sum.p[k], w.p[k], x.p[k]));
+}
 
 // P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer sum). Lanes
 // are rows, so nothing is ever added across lanes.
@@ -956,7 +961,6 @@ INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs)
 // AHEAD of it, each group for its scales (decoding q4: +18 %).
 INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int t0, Type type,
                    const int P, const int T) {
-    enum { AHEAD = 2048 };
     const int rows = w->rows, groups = (int)group_count(w->cols);
     const bool pairs = PAIRS && type == Q4;
     const size_t step = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
@@ -1042,10 +1046,8 @@ INLINE void widen_row(float *out, const Tensor *w, int row, int c0, int n, Type 
     if (i < n) store_some(out + i, load_weights(type, at + row_bytes(type, i), n - i), n - i);
 }
 
-enum { F_ROWS = 4, COLUMNS = 1024 };
-
-// What a thread needs of its own to multiply by float weights: COLUMNS columns of a unit's rows as
-// floats (the odd stride keeps rows out of each other's cache sets), and (n, UNIT) sums so far.
+// What a thread has to multiply by float weights: columns of a unit's rows as floats (an odd stride
+// keeps rows out of each other's cache sets), and (n, UNIT) sums so far.
 typedef struct { float w[UNIT][COLUMNS + WIDTH]; f32v *sums; } Scratch;
 
 // A part of a product: columns c0 to c0 + cols of a unit. Its rows lie from `w` on, in the file or,
@@ -1169,7 +1171,6 @@ typedef struct { float *out; const Tensor *w; } Product;
 typedef struct { Product product[3]; int count, n; const Inputs *in; Scratch *scratch; } Matmul;
 
 static int unit_count(const Tensor *w) { return (int)((size_t)(w->rows + UNIT - 1) / UNIT); }
-
 static void matmul_units(void *job, int thread, int first, int end) {
     const Matmul *m = job;
     const Product *p = m->product;
@@ -1255,8 +1256,8 @@ static double pack_row(uint8_t *panel, Type type, int row, const float *x, int c
 // score and the mix of its values; blocks are merged in order (Milakov & Gimelshein 2018). Where a
 // block begins and ends depends on nothing but the position, so neither do the bits.
 
-enum { BLOCK = 256 };
-enum { A_QUERIES = LANES == 16 ? 8 : 4, A_SUMS = LANES == 16 ? 16 : 4 };  // vectors in registers
+// A tile is A_QUERIES queries at most, with A_SUMS vectors of sums, which registers hold.
+enum { BLOCK = 256, A_QUERIES = LANES == 16 ? 8 : 4, A_SUMS = LANES == 16 ? 16 : 4 };
 static float *row(float *rows, int t, int width) { return rows + (size_t)t * (size_t)width; }
 
 // For each key/value head of each layer of each sequence its blocks, in each the keys and then the
@@ -1473,7 +1474,6 @@ static void lay_out(State *s, Arena *a) {
 
 // Bytes that a state of this size may come to touch.
 static double state_bytes(State s) { Arena a = {0}; lay_out(&s, &a); return a.used; }
-
 static void open_state(State *s) {
     s->arena = open_arena(state_bytes(*s), "a smaller context (-c) needs less");
     lay_out(s, &s->arena);
@@ -2696,7 +2696,6 @@ static void run_tokens(Session *s) {
 }
 
 typedef struct { double parameters, bytes, products; } Cost;  // bytes a token reads; its products
-
 static Cost cost_of(const Config *c) {
     Cost cost = {0, 0, 0};
     for (SlotId i = 0; i < SLOTS; i++) {
@@ -2867,8 +2866,8 @@ static void run_bench(Session *s) {
     if (depth <= 0) return;
     Trial deep = {STEPS, least(64, context - depth), depth, 1, NULL};
     print(&s->out, "depth %d tokens\n", depth);
-    print(&s->out, "decode-deep-share %.2f %%\n",
-          100 / speed * measure(s, "decode-deep", deep, 1, "tokens/s"));
+    double deeper = measure(s, "decode-deep", deep, 1, "tokens/s");
+    print(&s->out, "decode-deep-share %.2f %%\n", 100 * deeper / speed);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2962,12 +2961,6 @@ static Options parse_options(int argc, char **argv) {
     return o;
 }
 
-static const struct Mode *find_mode(const char *name) {
-    for (int i = 0; i < COUNT(modes); i++)
-        if (strcmp(name, modes[i].name) == 0) return &modes[i];
-    misuse("unknown mode '%s'", name);
-}
-
 // A mapped file that becomes shorter while it is read ends here.
 static void on_bus_error(int signal) {
     static const char text[] = "run: a file became shorter while it was being read\n";
@@ -2979,7 +2972,9 @@ static void on_bus_error(int signal) {
 int main(int argc, char **argv) {
     static Session s;
     Options o = parse_options(argc, argv);
-    const struct Mode *mode = find_mode(o.mode);
+    const struct Mode *mode = modes, *end = modes + COUNT(modes);
+    while (mode < end && strcmp(mode->name, o.mode) != 0) mode++;
+    if (mode == end) misuse("unknown mode '%s'", o.mode);
     signal(SIGBUS, on_bus_error);
     signal(SIGXFSZ, SIG_IGN);  // a file too large is an error of its write
     s.options = &o;
