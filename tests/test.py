@@ -11,6 +11,7 @@ import concurrent.futures
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,7 @@ def run_unit(wanted):
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would run
     sys.path.insert(0, HERE)
     sys.dont_write_bytecode = True
     wanted = sys.argv[1:]
