@@ -480,7 +480,8 @@ typedef struct {
     _Alignas(64) Work *work;             // this and the next two: read by who has claimed some
     void *job;
     int items, threads;                  // the caller of parallel() is one of the threads
-    _Atomic int started, closing;        // workers that have taken their number; 1: they shall end
+    _Alignas(64) _Atomic int started;    // workers that have taken their number
+    _Atomic int closing;                 // 1: they shall end
     pthread_t workers[MAX_THREADS];
     pthread_mutex_t mutex;
     Bell begun, finished;
@@ -1081,6 +1082,7 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
             UNROLL for (int t = 0; t < T; t++) v[t] = load_f32(x + (size_t)t * x_stride + i);
             UNROLL for (int k = 0; k < F_ROWS; k++) {
                 f32v row = load_weights(type, w[k] + row_bytes(type, i), WIDTH);
+                if (T == 1) __builtin_prefetch(w[k] + row_bytes(type, i) + AHEAD);  // bf16: +11 %
                 UNROLL for (int t = 0; t < T; t++)
                     UNROLL for (int j = h; j < h + H; j++)
                         sum[k][t].p[j] = fused(row.p[j], v[t].p[j], sum[k][t].p[j]);
