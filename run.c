@@ -1088,11 +1088,12 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
                         sum[k][t].p[j] = fused(row.p[j], v[t].p[j], sum[k][t].p[j]);
             }
         }
-    UNROLL for (int k = 0; k < F_ROWS && rest; k++) {
-        f32v v = load_weights(type, w[k] + row_bytes(type, whole), rest);
-        UNROLL for (int t = 0; t < T; t++)
-            sum[k][t] = fma16(v, load_some(x + (size_t)t * x_stride + whole, rest), sum[k][t]);
-    }
+    if (rest)
+        UNROLL for (int k = 0; k < F_ROWS; k++) {
+            f32v v = load_weights(type, w[k] + row_bytes(type, whole), rest);
+            UNROLL for (int t = 0; t < T; t++)
+                sum[k][t] = fma16(v, load_some(x + (size_t)t * x_stride + whole, rest), sum[k][t]);
+        }
     UNROLL for (int t = 0; t < T; t++) {
         float four[F_ROWS], *out = p->out + (size_t)(t0 + t) * rows + p->first + r;
         if (p->c0 + p->cols < p->tensor->cols) {

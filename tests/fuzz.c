@@ -278,7 +278,6 @@ static void try_options(const uint8_t *data, size_t n) {
     for (int i = 0; i < COUNT(options); i++)
         if (options[i].most > 0)
             check_number(&o, &options[i]);
-    PROMISE(find_mode(o.mode)->run);
 }
 
 // ------------------------------------------------------------------------------------------------

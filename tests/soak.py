@@ -164,7 +164,7 @@ class Soak:
 
 class Chat(Soak):
     """Every line that is not empty is a turn; -v says one line for each."""
-    says = rb"fed( \d+)+|the context of \d+ tokens is full: beginning again|the message has \d+ tokens, the context \d+"
+    says = rb"fed( \d+)+|the context of \d+ is full(: beginning again)?|the message has \d+ tokens"
 
     def __init__(self):
         self.turns = 0
