@@ -2138,7 +2138,7 @@ static const Token *find_user_defined(const Tokenizer *t, const uint8_t *text, s
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) {
     uint8_t *spaced = NEW(uint8_t, n + 1), *last = spaced;
     if (n && t->header.flags & DUMMY_PREFIX) *last++ = ' ';
-    for (const char *end = text + n; text < end; last++) {  // U+2581 is the vocabulary's space
+    for (const char *end = n ? text + n : text; text < end; last++) {  // U+2581 is a space
         bool sign = t->header.kind == SENTENCEPIECE && end - text > 2 && !memcmp(text, "\u2581", 3);
         *last = sign ? ' ' : (uint8_t)*text;
         text += sign ? 3 : 1;
