@@ -551,7 +551,7 @@ static void the_error_that_packing_reports_is_the_error_it_made(void) {
 
 // Inputs of random numbers, made ready for weights of a type.
 static Inputs new_inputs(Type type, int n, int cols) {
-    size_t groups = (size_t)n * group_count(cols);
+    size_t groups = round_up((size_t)n, Q_TOKENS) * group_count(cols);
     Inputs in = {.x = random_numbers((size_t)(n * cols), 99), .q = NEW(int8_t, groups * GROUP),
                  .scale = NEW(float, groups), .start = NEW(int32_t, groups)};
     for (int t = 0; t < n; t++)
@@ -569,7 +569,7 @@ static void free_inputs(Inputs *in) {
 static Scratch *new_scratch(int threads, int tokens) {
     Scratch *s = aligned_alloc(64, (size_t)threads * round_up(sizeof *s, 64));
     for (int i = 0; i < threads; i++)
-        s[i].sums = aligned_alloc(64, (size_t)tokens * UNIT * sizeof(f32v));
+        s[i].sums = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof(f32v));
     return s;
 }
 
@@ -583,7 +583,7 @@ static void free_scratch(Scratch *s, int threads) {
 static double input_value(const Inputs *in, Type type, int t, int i, int cols) {
     if (!is_quantized(type))
         return (double)in->x[t * cols + i];
-    size_t g = (size_t)t * group_count(cols) + (size_t)(i / GROUP);
+    size_t g = group_at(group_count(cols), t, (size_t)(i / GROUP));
     return (double)in->q[g * GROUP + (size_t)(i % GROUP)] * (double)in->scale[g];
 }
 
@@ -609,16 +609,15 @@ static void check_matmul(Type type, int rows, int cols) {
     enum { TOKENS = 40 };
     static const int at_once[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, TOKENS};
     Tensor w = random_tensor(type, rows, cols, (uint32_t)(rows * cols));
-    Inputs in = new_inputs(type, TOKENS, cols);
+    Inputs in = new_inputs(type, TOKENS, cols), alone = new_inputs(type, 1, cols);
     float *one = NEW(float, TOKENS * rows), *many = NEW(float, TOKENS * rows);
     Pool pools[COUNT(thread_counts)];
     Scratch *scratch = new_scratch(5, TOKENS);
     for (int k = 0; k < COUNT(thread_counts); k++)
         start_pool(&pools[k], thread_counts[k]);
     for (int t = 0; t < TOKENS; t++) {
-        size_t groups = group_count(cols) * (size_t)t;
-        Inputs from = {in.x + t * cols, in.q + groups * GROUP, in.scale + groups,
-                       in.start + groups};
+        Inputs from = {in.x + t * cols, alone.q, alone.scale, alone.start};
+        prepare(&from, 0, cols, type);
         Matmul m = {{{one + t * rows, &w}}, .count = 1, .in = &from, .n = 1, .scratch = scratch};
         matmul(&pools[0], &m);
     }
@@ -637,6 +636,7 @@ static void check_matmul(Type type, int rows, int cols) {
     free_scratch(scratch, 5);
     free_tensor(&w);
     free_inputs(&in);
+    free_inputs(&alone);
     free(one);
     free(many);
 }
