@@ -2854,9 +2854,14 @@ static void run_quantize(Session *s) {
 // Measuring. CHAINS independent sums are as many as latency times units, and registers, want.
 enum { CHAINS = 12, ROUNDS = 64, ROUND = CHAINS * LANES * 4, TRIALS = 5 };
 
-// n items of a ceiling, or n steps from position `from` on, `batch` at a time and then logits.
+// n items of a ceiling, `batch` times over, or n steps from position `from` on, `batch` at a time
+// and then logits. A share is of the row `limit`: a step takes `cost` of its units.
 typedef struct {
-    enum { STEPS, READ, MULTIPLY, DOT } what; int n, from, batch; const uint8_t *at;
+    const char *name, *unit;
+    enum { STEPS, READ, MULTIPLY, DOT } what;
+    int n, from, batch, limit;
+    double worth, cost, speed[TRIALS];
+    const uint8_t *at;
 } Trial;
 
 // An item is ROUNDS times CHAINS registers read, multiply-adds or dot products of them.
@@ -2874,54 +2879,70 @@ static void strain(void *job, int thread, int first, int end) {
     (void)*(volatile IntPart *)sum;  // so that no work is left out
 }
 
-// Say how often a second it is done, the median of TRIALS, times what that is worth; return that.
-static double measure(Session *s, const char *name, Trial t, double worth, const char *unit) {
-    double times[TRIALS];  // in order
-    Text text = {0};
-    t.at = s->model.file.at;
-    for (int i = 0; t.what == STEPS && i < t.from + t.n; i++)
-        push(&text.ids, i * 7 % s->model.config.vocab_size);
-    text.ids.n = (size_t)t.from;
-    catch_up(s, &text);
-    for (int i = 0; i < TRIALS; i++) {
-        double start = seconds();
-        if (t.what != STEPS) parallel(&s->pool, t.n, strain, &t);
-        for (text.pos = t.from; t.what == STEPS && text.pos < t.from + t.n; catch_up(s, &text))
-            text.ids.n = (size_t)(text.pos + t.batch);
-        double time = seconds() - start;
-        int j = i;
-        for (; j > 0 && times[j - 1] > time; j--) times[j] = times[j - 1];
-        times[j] = time;
-    }
-    free_text(&text);
-    double value = worth * t.n / times[TRIALS / 2];
-    print(&s->out, "%s %.*f %s\n", name, value < 100 ? 2 : 0, value, unit);
-    return value;
+// How often a second an item or step is done, times its worth. The text is in the cache already.
+static double attempt(Session *s, Trial *t, Text *text) {
+    double start = seconds();
+    for (int i = 0; t->what != STEPS && i < t->batch; i++) parallel(&s->pool, t->n, strain, t);
+    for (text->pos = t->from; t->what == STEPS && text->pos < t->from + t->n; catch_up(s, text))
+        text->ids.n = (size_t)(text->pos + t->batch);
+    return t->worth * t->n / (seconds() - start);
 }
 
-// One `name value unit` a line: the machine's ceilings, then speeds and their share of them.
+static int rising(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void print_median(Session *s, const char *name, const char *end, const double *of) {
+    double sorted[TRIALS];
+    qsort(memcpy(sorted, of, sizeof sorted), TRIALS, sizeof *of, rising);
+    double value = sorted[TRIALS / 2];
+    print(&s->out, "%s%s %.*f", name, end, value < 100 ? 2 : 0, value);
+}
+
+// The machine's ceilings, speeds and their share of them: one `name value unit` a line. All are
+// tried in turn and each share is of one turn, as a shared machine drifts; medians are printed.
 static void run_bench(Session *s) {
     need_state(s, 0, INFINITY, 1);
     Cost cost = cost_of(&s->model.config);
-    int context = s->state.context, prompt = least(512, context), threads = s->pool.threads;
-    int depth = least((int)s->options->depth, context - 1), items = threads << 14;
+    int context = s->state.context, threads = s->pool.threads, items = threads << 14;
+    int depth = least((int)s->options->depth, context - 1), prompt = least(512, context);
     int n = (int)fmin((double)(s->model.file.size / (ROUNDS * ROUND)), INT_MAX);
     if (n == 0) die("%s: too small to measure anything with", s->model.file.path);
     double bytes = 1e-9 * ROUNDS * ROUND, sums = bytes / 4 * 2;
+    enum { SUMS, DOTS, PROMPT, READS, DECODE, DEEP };
+    Trial trials[] = {
+        {"multiply-add", "GFLOP/s", MULTIPLY, items, 0, 4, .worth = sums * 4},
+        {"dot-product", "GOP/s", DOT, items, 0, 4, .worth = sums * 16},
+        {"prompt", "tokens/s", STEPS, prompt, 0, prompt,
+         is_quantized(s->model.config.type) ? DOTS : SUMS, 1, .cost = 2e-9 * cost.products},
+        {"read", "GB/s", READ, n, 0, 8, .worth = bytes * 8},
+        {"decode", "tokens/s", STEPS, least(64, context), 0, 1, READS, 1,
+         .cost = 1e-9 * cost.bytes},
+        {"decode-deep", "tokens/s", STEPS, least(64, context - depth), depth, 1, DECODE, 1,
+         .cost = 1}};
+    int count = depth > 0 ? COUNT(trials) : DEEP;
+    Text text = {0};
+    Progress progress = {"measuring", seconds(), 0};
+    for (int i = 0; i < most(prompt, depth + 64) && i < context; i++)
+        push(&text.ids, i * 7 % s->model.config.vocab_size);
+    catch_up(s, &text);
+    for (int i = 0; i < TRIALS * count; i++) {
+        Trial *t = &trials[i % count];
+        t->at = s->model.file.at;
+        t->speed[i / count] = attempt(s, t, &text);
+        show_progress(&progress, i + 1, TRIALS * count);
+    }
     print(&s->out, "threads %d threads\n", threads);
-    double read = measure(s, "read", (Trial){READ, n, 0, 0, NULL}, bytes, "GB/s");
-    double fma = measure(s, "multiply-add", (Trial){MULTIPLY, items, 0, 0, NULL}, sums, "GFLOP/s");
-    double dot = measure(s, "dot-product", (Trial){DOT, items, 0, 0, NULL}, sums * 4, "GOP/s");
-    double possible = 1e9 * (is_quantized(s->model.config.type) ? dot : fma);
-    double speed = measure(s, "prompt", (Trial){STEPS, prompt, 0, prompt, NULL}, 1, "tokens/s");
-    print(&s->out, "prompt-share %.2f %%\n", 100 * 2 * speed * cost.products / possible);
-    speed = measure(s, "decode", (Trial){STEPS, least(64, context), 0, 1, NULL}, 1, "tokens/s");
-    print(&s->out, "decode-share %.2f %%\n", 100 * speed * cost.bytes / (read * 1e9));
-    if (depth <= 0) return;
-    Trial deep = {STEPS, least(64, context - depth), depth, 1, NULL};
-    print(&s->out, "depth %d tokens\n", depth);
-    double deeper = measure(s, "decode-deep", deep, 1, "tokens/s");
-    print(&s->out, "decode-deep-share %.2f %%\n", 100 * deeper / speed);
+    if (depth > 0) print(&s->out, "depth %d tokens\n", depth);
+    for (Trial *t = trials; t < trials + count; t++) {
+        double shares[TRIALS];
+        for (int i = 0; i < TRIALS; i++)
+            shares[i] = 100 * t->speed[i] * t->cost / trials[t->limit].speed[i];
+        print_median(s, t->name, "", t->speed), print(&s->out, " %s\n", t->unit);
+        if (t->what == STEPS) print_median(s, t->name, "-share", shares), print(&s->out, " %%\n");
+    }
+    free_text(&text);
 }
 
 // ------------------------------------------------------------------------------------------------
