@@ -48,7 +48,6 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #define UNROLL_OUTER UNROLL
 #endif
-
 enum { FAILED = 1, MISUSED = 2 };  // exit statuses; 0 is success
 
 // Print "run: ..." as one line and exit: for what the user can mend, paths, files, options. Text
@@ -72,12 +71,10 @@ static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * u
 static uint32_t read_u32(const void *p) { uint32_t v; memcpy(&v, p, sizeof v); return v; }
 static float    read_f32(const void *p) { float v;    memcpy(&v, p, sizeof v); return v; }
 static bool all_zero(const uint8_t *p, size_t n) { return !*p && !memcmp(p, p + 1, n - 1); }
-
 static void *checked(void *p, size_t n, size_t size) {
     if (!p) die("no memory for %zu times %zu bytes", n, size);
     return p;
 }
-
 // n zeroed elements, for free(); dies rather than return NULL, so no caller checks.
 static void *new_array(size_t n, size_t size) { return checked(calloc(n + !n, size), n, size); }
 #define NEW(type, n) ((type *)new_array((n), sizeof(type)))
@@ -88,16 +85,13 @@ static void grow(void **array, size_t *room, size_t n, size_t size) {
     *room = n > 2 * *room ? n : 2 * *room;
     *array = checked(realloc(*array, *room * size), *room, size);
 }
-
 typedef struct { char *at; size_t n, room; } Bytes;  // text that grows; not a C string
 typedef struct { int *at; size_t n, room; } Tokens;  // ids that grow
-
 static void append(Bytes *b, const char *text, size_t n) {
     grow((void **)&b->at, &b->room, b->n + n, 1);
     if (n) memcpy(b->at + b->n, text, n);
     b->n += n;
 }
-
 static void push(Tokens *t, int id) {
     grow((void **)&t->at, &t->room, t->n + 1, sizeof *t->at);
     t->at[t->n++] = id;
@@ -107,14 +101,12 @@ static void push(Tokens *t, int id) {
 // page as it is touched. A first round with `at` NULL adds up the bytes, in a double as no number
 // is too large for it; `advice` says what would make them fewer.
 typedef struct { char *at; double used; } Arena;
-
 static void *deal(Arena *a, size_t n, size_t size) {
     void *p = a->at ? a->at + (size_t)a->used : NULL;
     a->used += 64 * ceil((double)n * (double)size / 64);
     return p;
 }
 #define DEAL(arena, type, n) ((type *)deal((arena), (n), sizeof(type)))
-
 static Arena open_arena(double size, const char *advice) {
     void *at = mmap(NULL, (size_t)fmin(size, 1e18), PROT_READ | PROT_WRITE,
                     MAP_PRIVATE | MAP_ANON, -1, 0);
@@ -125,7 +117,6 @@ static void close_arena(Arena *a) { munmap(a->at, (size_t)a->used); }
 
 // A file mapped read-only, and what kind of file it is taken for.
 typedef struct { const char *path; const uint8_t *at; size_t size; const char *kind; } File;
-
 static File open_file(const char *path, const char *kind) {
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK);  // a FIFO must not hang here
@@ -138,7 +129,6 @@ static File open_file(const char *path, const char *kind) {
     return (File){path, at, (size_t)st.st_size, kind};
 }
 static void close_file(const File *f) { munmap((void *)(uintptr_t)f->at, f->size); }
-
 static void check(const File *f, const char *name, double is, double least, double most) {
     if (!(is >= least && is <= most))
         die("%s: not a %s: its %s is %.10g, not %.10g to %.10g", f->path, f->kind, name, is,
@@ -160,7 +150,6 @@ static Bytes read_text(const char *path) {
 // complete. Until then it has none on Linux, so whatever ends the program leaves nothing behind,
 // and elsewhere the name `part`, PATH.part. Devices and pipes keep their name: `part` is NULL.
 typedef struct { FILE *file; const char *path; char *part; } Output;
-
 static void check_output(const Output *o, bool done) {
     if (!done) die("%s: not written: %s", o->path, strerror(errno));
 }
@@ -169,7 +158,6 @@ static void check_output(const Output *o, bool done) {
 #ifndef O_TMPFILE
 #define O_TMPFILE O_DIRECTORY  // which cannot be opened to write
 #endif
-
 static Output open_output(const char *path) {
     struct stat st;
     bool named = path && strcmp(path, "-") != 0;
@@ -188,11 +176,9 @@ static Output open_output(const char *path) {
     check_output(&o, o.file != NULL);
     return o;
 }
-
 static void write_bytes(Output *o, const void *data, size_t n) {
     check_output(o, fwrite(data, 1, n, o->file) == n);
 }
-
 static void send_off(Output *o) { check_output(o, fflush(o->file) == 0); }
 
 static void close_output(Output *o) {
@@ -228,7 +214,6 @@ static double seconds(void) {
 
 // How far a long job is, on a terminal, once it has lasted a second and until all is done.
 typedef struct { const char *what; double start, shown; } Progress;
-
 static void show_progress(Progress *p, double done, double all) {
     double now = seconds();
     if (done >= all && p->shown > 0) fprintf(stderr, "\r\033[K");
@@ -265,7 +250,6 @@ typedef struct {
     float factor, low_freq_factor, high_freq_factor;
     int original_context;
 } Config;
-
 static int q_dim(const Config *c) { return c->n_heads * c->head_dim; }
 static int kv_dim(const Config *c) { return c->n_kv_heads * c->head_dim; }
 
@@ -314,7 +298,6 @@ static SlotId next_slot(const Config *c, SlotId s, int *layer) {
 
 // Quantized weights: GROUP columns share a scale, a LINE is 4 bytes of each of PANEL rows (room 6).
 enum { GROUP = 32, PANEL = 16, LINE = 64 };
-
 static bool is_quantized(Type type) { return type == Q8 || type == Q4; }
 static size_t group_count(int cols) { return round_up((size_t)cols, GROUP) / GROUP; }
 static size_t panel_count(int rows) { return round_up((size_t)rows, PANEL) / PANEL; }
@@ -359,7 +342,6 @@ static const struct Field { const char *name; char kind; double least, most; } f
     {"original_context", 'i', 0, 1 << 26},
 };
 _Static_assert(sizeof(Config) == 4 * COUNT(fields), "each number of a Config has a row");
-
 static double field_value(const Config *c, const struct Field *f) {
     const char *at = (const char *)c + 4 * (f - fields);
     return f->kind == 'f' ? (double)read_f32(at) : (double)(int32_t)read_u32(at);
@@ -376,7 +358,6 @@ static void check_config(const File *f, const Config *c) {
     check(f, "low_freq_factor", (double)c->low_freq_factor, 0, (double)c->high_freq_factor - 1e-6);
     check(f, "original_context", c->original_context, 1, 1 << 26);
 }
-
 static void check_size(const File *f, uint64_t wanted) {
     if (wanted != f->size)
         die("%s: not a %s, or cut short: it has %zu bytes, its header wants %llu", f->path,
@@ -405,7 +386,6 @@ static size_t take(Model *m, SlotId s, int l, size_t at) {
     w->data = m->file.at + at;
     return at + tensor_bytes(w);
 }
-
 static size_t take_ours(Model *m) {
     size_t at = HEADER;
     int l = 0;
@@ -460,7 +440,6 @@ static Model open_model(const char *path) {
     madvise((void *)(uintptr_t)f->at, f->size, MADV_WILLNEED);
     return m;
 }
-
 static void close_model(Model *m) { free(m->layers), close_file(&m->file); }
 
 // ------------------------------------------------------------------------------------------------
@@ -473,7 +452,6 @@ static void close_model(Model *m) { free(m->layers), close_file(&m->file); }
 enum { MAX_THREADS = 1024, SPINS = 1 << 11 };
 typedef void Work(void *job, int thread, int first, int end);
 typedef struct { _Atomic int sleepers; pthread_cond_t rings; } Bell;
-
 typedef struct {
     _Alignas(64) _Atomic int unclaimed;  // items of this job, its last
     _Alignas(64) _Atomic int undone;     // items of this job
@@ -486,10 +464,8 @@ typedef struct {
     pthread_mutex_t mutex;
     Bell begun, finished;
 } Pool;
-
 static bool work_waits(Pool *p) { return p->unclaimed || p->closing; }
 static bool job_done(Pool *p) { return p->undone == 0; }
-
 static void relax(void) {
 #if defined __x86_64__
     _mm_pause();
@@ -507,7 +483,6 @@ static void await(Pool *p, Bell *bell, bool (*came)(Pool *)) {
     bell->sleepers--;
     pthread_mutex_unlock(&p->mutex);
 }
-
 static void ring(Pool *p, Bell *bell) {
     if (bell->sleepers == 0) return;
     pthread_mutex_lock(&p->mutex);
@@ -526,7 +501,6 @@ static void work_on(Pool *p, int thread) {
         if (atomic_fetch_sub(&p->undone, n) == n) ring(p, &p->finished);
     }
 }
-
 static void *worker(void *pool) {
     Pool *p = pool;
     int thread = 1 + atomic_fetch_add(&p->started, 1);
@@ -547,7 +521,6 @@ static void parallel(Pool *p, int n, Work *work, void *job) {
     work_on(p, 0);
     await(p, &p->finished, job_done);
 }
-
 static void start_pool(Pool *p, int threads) {
     *p = (Pool){.threads = threads, .mutex = PTHREAD_MUTEX_INITIALIZER,
                 .begun = {0, PTHREAD_COND_INITIALIZER}, .finished = {0, PTHREAD_COND_INITIALIZER}};
@@ -557,7 +530,6 @@ static void start_pool(Pool *p, int threads) {
             die("thread %d of %d cannot be started; -j sets a smaller number", i + 1, threads);
     hold_interrupt(false);
 }
-
 static void stop_pool(Pool *p) {
     p->closing = 1;
     ring(p, &p->begun);
@@ -631,7 +603,6 @@ typedef struct { IntPart p[PARTS]; } i32v;
 
 #define EACH_PART UNROLL for (int k = 0; k < PARTS; k++)
 #define MAP(type, part) type r; EACH_PART r.p[k] = part; return r
-
 INLINE f32v spread(float x) { MAP(f32v, x - (FloatPart){0}); }
 INLINE i32v spread_int(int32_t x) { MAP(i32v, x - (IntPart){0}); }
 INLINE f32v add(f32v a, f32v b) { MAP(f32v, a.p[k] + b.p[k]); }
@@ -651,17 +622,14 @@ INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
 
 // Keeps a vector in its registers: gcc otherwise reads it from memory again for each product, and
 // then loads are the limit (a product of 120 tokens by bf16 in the cache: 62 % of the ceiling, 77).
-INLINE f32v hold(f32v v) {
 #if defined __x86_64__
-    EACH_PART __asm__("" : "+v"(v.p[k]));
+INLINE f32v hold(f32v v) { EACH_PART __asm__("" : "+v"(v.p[k])); return v; }
+#else
+INLINE f32v hold(f32v v) { return v; }
 #endif
-    return v;
-}
-
 INLINE i32v load_line(const void *line) { MAP(i32v, ((const LooseInts *)line)[k]); }
 INLINE f32v load_f32(const float *x) { return as_float(load_line(x)); }
 INLINE void store_f32(float *x, f32v v) { EACH_PART ((LooseInts *)x)[k] = (IntPart)v.p[k]; }
-
 INLINE float float_of_bits(uint32_t u) { float f; memcpy(&f, &u, sizeof f); return f; }
 INLINE uint32_t bits_of_float(float f) { uint32_t u; memcpy(&u, &f, sizeof u); return u; }
 
@@ -881,7 +849,6 @@ INLINE f32v load_some(const float *x, int n) {
     memcpy(all, x, (size_t)n * sizeof *x);
     return load_f32(all);
 }
-
 INLINE void store_some(float *out, f32v v, int n) {
     float all[WIDTH];
     store_f32(n < WIDTH ? all : out, v);
@@ -915,12 +882,10 @@ typedef struct {
     float *scale;    // (n / Q_TOKENS, groups, Q_TOKENS)
     int32_t *start;  // likewise: where a group's sum starts, see q_tile
 } Inputs;
-
 // Where a group of row t stands among those of all.
 static size_t group_at(size_t groups, int t, size_t g) {
     return ((size_t)(t / Q_TOKENS) * groups + g) * Q_TOKENS + (size_t)(t % Q_TOKENS);
 }
-
 static float group_peak(const float *x) {
     return greatest(greater_of(magnitude(load_f32(x)), magnitude(load_f32(x + WIDTH))));
 }
@@ -960,7 +925,6 @@ INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
     }
     return w;
 }
-
 INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
     MAP(i32v, pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k]) : dot4(sum.p[k], w.p[k], x.p[k]));
 }
@@ -993,8 +957,7 @@ INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int
     const float *scale = in->scale + first;
     const int32_t *start = in->start + first;
     f32v sum[Q_PANELS][Q_TOKENS];
-    UNROLL for (int p = 0; p < P; p++)
-        UNROLL for (int t = 0; t < T; t++) sum[p][t] = spread(0);
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) sum[p][t] = spread(0);
     for (int g = 0; g < groups; g++, lines += size, scales += PANEL * 2) {
         const size_t ahead = ahead_of(AHEAD, groups, g, size, (size_t)P * step);
         const size_t scale_ahead = ahead_of(AHEAD / 4, groups, g, PANEL * 2, (size_t)P * step);
@@ -1045,14 +1008,12 @@ INLINE void q_panels(float *out, const Tensor *w, int panel, const Inputs *in, i
     for (; n - t >= 2; t += 2) q_tile(out, w, panel, in, t, type, P, 2);
     for (; t < n; t++) q_tile(out, w, panel, in, t, type, P, 1);
 }
-
 INLINE void q_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Type type) {
     int panel = unit * (UNIT / PANEL), end = least(panel + UNIT / PANEL, (int)panel_count(w->rows));
     for (; end - panel >= Q_PANELS; panel += Q_PANELS)
         q_panels(out, w, panel, in, n, type, Q_PANELS);
     for (; panel < end; panel++) q_panels(out, w, panel, in, n, type, 1);
 }
-
 static int unit_rows(Type type, int n) {
     return is_quantized(type) || n < 2 * F_TOKENS ? UNIT : MOST_ROWS;
 }
@@ -1089,17 +1050,18 @@ typedef struct {
     int first, there, c0, cols;  // row of the tensor, rows there are
     const uint8_t *w;
     size_t stride;               // from row to row, in bytes
-    const uint8_t *next;         // what is wanted next of the file: MOST_ROWS of so many lines,
-    int lines, share;            // a share for each tile
+    const uint8_t *next;         // what is wanted next of the file: columns of MOST_ROWS
+    int share;                   // lines of that for each tile
 } Part;
 
 // Each tile of F_TOKENS sends for its share of the weights that are wanted next (Zen 5, bf16: 11 %
 // faster; tokens sent for likewise push out of the first cache what is in use).
 INLINE void send_for_weights(const Part *p, int tile) {
-    const size_t file_row = row_bytes(p->tensor->type, p->tensor->cols);
+    const size_t stride = row_bytes(p->tensor->type, p->tensor->cols);
+    const int lines = (int)row_bytes(p->tensor->type, COLUMNS) / LINE;
     for (int i = tile * p->share; i < (tile + 1) * p->share; i++)
-        __builtin_prefetch(p->next + (size_t)(i / p->lines % MOST_ROWS) * file_row
-                           + (size_t)(i % p->lines) * LINE, 0, 2);
+        __builtin_prefetch(p->next + (size_t)(i / lines % MOST_ROWS) * stride
+                           + (size_t)(i % lines) * LINE, 0, 2);
 }
 
 // F_ROWS rows from r on by T tokens from t on. Rows that are not there repeat the last.
@@ -1172,8 +1134,7 @@ INLINE void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, 
     const uint8_t *file = p.w, *below = file + MOST_ROWS * p.stride;
     const int tiles = n / F_TOKENS * (MOST_ROWS / F_ROWS);
     p.w = (const uint8_t *)s->w, p.stride = sizeof s->w[0];
-    p.lines = (int)row_bytes(type, least(COLUMNS, w->cols)) / LINE;
-    p.share = (MOST_ROWS * p.lines + tiles - 1) / tiles;
+    p.share = ((int)row_bytes(type, COLUMNS) / LINE * MOST_ROWS + tiles - 1) / tiles;
     for (; p.c0 < w->cols; p.c0 += COLUMNS) {
         p.next = w->cols - p.c0 > COLUMNS ? file + row_bytes(type, p.c0 + COLUMNS) : below;
         p.cols = least(COLUMNS, w->cols - p.c0);
@@ -1220,10 +1181,7 @@ static void multiply_unit(float *out, const Tensor *w, int unit, const Inputs *i
 // inputs are done as one job, for fewer meetings of the threads.
 typedef struct { float *out; const Tensor *w; } Product;
 typedef struct { Product product[3]; int count, n; const Inputs *in; Scratch *scratch; } Matmul;
-
-static int unit_count(const Tensor *w, int n) {
-    return (w->rows - 1) / unit_rows(w->type, n) + 1;
-}
+static int unit_count(const Tensor *w, int n) { return (w->rows - 1) / unit_rows(w->type, n) + 1; }
 static void matmul_units(void *job, int thread, int first, int end) {
     const Matmul *m = job;
     const Product *p = m->product;
@@ -1233,7 +1191,6 @@ static void matmul_units(void *job, int thread, int first, int end) {
         multiply_unit(p->out, p->w, i - before, m->in, m->n, &m->scratch[thread]);
     }
 }
-
 static void matmul(Pool *pool, Matmul *m) {
     int units = 0;
     for (int i = 0; i < m->count; i++) units += unit_count(m->product[i].w, m->n);
@@ -1265,7 +1222,6 @@ static float round_group(float *q, const float *x, Type type, float scale, float
     *rest = sums[3] - sums[1] * *better;
     return sums[0];
 }
-
 static float half_scale(float scale) { return widen_half(narrow_half(scale)); }
 
 // q4: of the scales that put the largest weight between 5.5 and 9 steps from zero, on either side,
@@ -1322,12 +1278,10 @@ typedef struct {
     bool half;
     void *blocks;
 } Cache;
-
 // Numbers in front of the block of a position.
 static size_t block_at(const Cache *c, size_t head, int pos) {
     return (head * (size_t)c->context + (size_t)(pos / BLOCK * BLOCK)) * 2 * (size_t)c->head_pad;
 }
-
 static void cache_position(const Cache *c, size_t head, int pos, const float *k, const float *v) {
     size_t block = block_at(c, head, pos), in = (size_t)pos % BLOCK, pad = (size_t)c->head_pad;
     size_t key = block + in / WIDTH * WIDTH * pad + in % WIDTH, value = block + (BLOCK + in) * pad;
@@ -1471,7 +1425,6 @@ static void look(const Query *q, int n, const Cache *b, int start, float *found)
 
 // A token on its way through the layers. Sequences in different slots do not see each other.
 typedef struct { int id, slot, pos; } Step;
-
 typedef struct State {
     const Model *model; Pool *pool;  // the first six are set before open_state
     int context, slots;     // positions a sequence has room for, and how many sequences
@@ -1492,7 +1445,6 @@ typedef struct State {
     const Tensor *norm;     // weight of the next norm
     void (*work)(struct State *s, int t);  // of each_row
 } State;
-
 // The widest row that any product takes or gives, but for the logits.
 static int widest(const Config *c) { return most(most(c->dim, c->hidden_dim), q_dim(c)); }
 static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
@@ -1546,7 +1498,6 @@ static void do_rows(void *job, int thread, int first, int end) {
     (void)thread;
     for (int t = first; t < end; t++) s->work(s, t);
 }
-
 static void each_row(State *s, void (*work)(State *s, int t)) {
     s->work = work;
     parallel(s->pool, s->n, do_rows, s);
@@ -1618,11 +1569,9 @@ static void rotate(float *head, const float *angles, const Config *c) {
         *b = x * angles[pairs + i] + y * angles[i];
     }
 }
-
 static void add_bias(float *x, const Tensor *bias) {  // of 0 columns if the model has none
     for (int i = 0; i < bias->cols; i++) x[i] += vector(bias)[i];
 }
-
 static size_t cache_head(const State *s, int t, int kv_head) {
     size_t layers = (size_t)s->model->config.n_layers, heads = (size_t)s->model->config.n_kv_heads;
     return ((size_t)s->steps[t].slot * layers + (size_t)s->l) * heads + (size_t)kv_head;
@@ -1710,7 +1659,6 @@ static void attend(State *s) {
     else parallel(s->pool, items, attend_items, s);
     each_row(s, finish_row);
 }
-
 static void normalize(State *s, const Tensor *weight) { s->norm = weight, each_row(s, norm_row); }
 static void multiply(const State *s, Matmul m) {
     m.in = &s->in, m.n = s->n, m.scratch = s->scratch;
@@ -1783,7 +1731,6 @@ typedef struct {
 
 // n bytes, not a C string; those of llama2.c's <0xHH> are `byte`.
 typedef struct { const char *at; size_t n; uint32_t type; char byte; } Token;
-
 typedef struct {
     File file;                  // stays mapped: the bytes of tokens are used where they lie
     TokenizerHeader header;
@@ -1809,7 +1756,6 @@ static bool ends_text(const Tokenizer *t, int id) {
     for (uint32_t i = 0; i < t->header.n_ends; i++) ends |= id == t->header.ends[i];
     return ends;
 }
-
 static bool spells(Token k, const void *p, size_t n) { return k.n == n && !memcmp(k.at, p, n); }
 
 // The id of the control token with this name, -1 if there is none.
@@ -2010,7 +1956,6 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
     }
     return t;
 }
-
 static void close_tokenizer(Tokenizer *t) {
     free(t->token), free(t->entry), free(t->class), free(t->mark), close_file(&t->file);
 }
@@ -2049,7 +1994,6 @@ static Bytes compose(const Tokenizer *t, const uint8_t *text, size_t n) {
 
 // Where the next symbol begins, and the one before; its token, and that of it and the next one.
 typedef struct { uint32_t end, previous; int id, both; } Symbol;
-
 typedef struct {
     const Tokenizer *tokenizer;
     const uint8_t *text, *run;  // between two user-defined tokens; n bytes of it, being joined
@@ -2205,7 +2149,6 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n) 
 
 // Bytes come out once they are a character or can never be one, and are held until then.
 typedef struct { const Tokenizer *tokenizer; char held[4]; size_t n_held; bool begun; } Decoder;
-
 static void decode(Bytes *out, Decoder *d, int id) {
     Token k = piece(d->tokenizer, id);
     bool prefix = !d->begun && d->tokenizer->header.flags & DUMMY_PREFIX && k.n && *k.at == ' ';
@@ -2219,7 +2162,6 @@ static void decode(Bytes *out, Decoder *d, int id) {
         memmove(d->held, from, d->n_held);
     }
 }
-
 // The end of the text: what is held has no more to wait for.
 static void flush(Bytes *out, Decoder *d) { append(out, d->held, d->n_held), d->n_held = 0; }
 
@@ -2325,7 +2267,6 @@ typedef struct {
     double steps, threads, context, seed, depth, width;  // whole; a negative seed is the time
     Taste taste;
 } Options;
-
 typedef enum { GOES_ON, ENDED, REACHED_LIMIT, CONTEXT_FULL, INTERRUPTED } Stop;
 
 // One text in one slot of the cache.
@@ -2336,7 +2277,6 @@ typedef struct {
     Bytes words, ready;       // that it begins with; characters that are complete but not written
     int made; Stop stop;      // tokens of the last reply, and why it has ended
 } Text;
-
 typedef struct {
     const Options *options;
     Model model; Pool pool; State state; Tokenizer tokenizer; Output out;
@@ -2345,14 +2285,11 @@ typedef struct {
     Step *steps;            // (context)  of one text
     Text text;              // the one of every mode but batch
 } Session;
-
 static Text new_text(const Session *s, int slot, Bytes words) {
     return (Text){.slot = slot, .words = words, .decoder = {.tokenizer = &s->tokenizer},
                   .random = s->seed ? s->seed : 0x9e3779b97f4a7c15};  // xorshift never leaves 0
 }
-
 static void free_text(Text *t) { free(t->words.at), free(t->ids.at), free(t->ready.at); }
-
 static void say_seed(const Session *s) {
     if (s->options->taste.temperature > 0 && s->options->seed < 0)
         fprintf(stderr, "seed %lld\n", (long long)s->seed);
@@ -2442,7 +2379,6 @@ static void need_tokenizer(Session *s) {
         die("tokenizer.bin has %d tokens, the model %d: -z names the model's own", size, vocab);
     s->text = new_text(s, 0, (Bytes){0});
 }
-
 enum { ROWS = 32 };  // of logits at once; those that nobody asks for take no memory
 
 // Room for texts of n tokens and `more`, or as many of those as the model or -c allows.
@@ -2481,7 +2417,6 @@ static bool read_line(Bytes *line, FILE *in, const char *name) {
     else free(line->at), *line = (Bytes){0};
     return n > 0;
 }
-
 static void say_speed(const char *what, double n, double time) {
     fprintf(stderr, "%s %.0f tokens in %.3f s, %.1f tokens/s\n", what, n, time, n / (time + 1e-9));
 }
@@ -2607,7 +2542,6 @@ static Text *start_text(Session *s, Text *text, int slot) {
     text->stop = !fits ? CONTEXT_FULL : s->options->steps ? GOES_ON : REACHED_LIMIT;
     return text->stop || extend(s, text, catch_up(s, text)) ? NULL : text;
 }
-
 static void write_result(Session *s, Text *t) {
     static const char *const reasons[] = {"", "end", "limit", "context"};  // of Stop
     flush(&t->ready, &t->decoder);
@@ -2652,7 +2586,6 @@ static void run_batch(Session *s) {
     if (in != stdin) fclose(in);
     free(ring), free(running), free(steps);
 }
-
 typedef struct { double nats, tokens; bool shows; } Loss;  // so far, and whether each is shown
 
 // A token and the logits before it. It is shown as a line of text, log-probability, rank and the
@@ -2748,7 +2681,6 @@ static void run_tokens(Session *s) {
     Text *text = given_text(s);
     for (size_t i = text->bos; i < text->ids.n; i++) print(&s->out, "%d\n", text->ids.at[i]);
 }
-
 typedef struct { double parameters, bytes, products; } Cost;  // bytes a token reads; its products
 static Cost cost_of(const Config *c) {
     Cost cost = {0, 0, 0};
@@ -2788,7 +2720,6 @@ typedef struct {
     const Tensor *from; Type type; int first; uint8_t *panels;  // of the rows, what they become
     double error[PACKED], power[PACKED];  // sums of squares
 } Packing;
-
 static void pack_rows(void *job, int thread, int first, int end) {
     Packing *p = job;
     const Tensor *w = p->from;
@@ -2887,12 +2818,9 @@ static double attempt(Session *s, Trial *t, Text *text) {
         text->ids.n = (size_t)(text->pos + t->batch);
     return t->worth * t->n / (seconds() - start);
 }
-
 static int rising(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
+    return *(const double *)a < *(const double *)b ? -1 : *(const double *)a > *(const double *)b;
 }
-
 static void print_median(Session *s, const char *name, const char *end, const double *of) {
     double sorted[TRIALS];
     qsort(memcpy(sorted, of, sizeof sorted), TRIALS, sizeof *of, rising);
@@ -2905,8 +2833,8 @@ static void print_median(Session *s, const char *name, const char *end, const do
 static void run_bench(Session *s) {
     need_state(s, 0, INFINITY, 1);
     Cost cost = cost_of(&s->model.config);
-    int context = s->state.context, threads = s->pool.threads, items = threads << 14;
-    int depth = least((int)s->options->depth, context - 1), prompt = least(512, context);
+    int context = s->state.context, prompt = least(512, context), items = s->pool.threads << 14;
+    int depth = least((int)s->options->depth, context - 1);
     int n = (int)fmin((double)(s->model.file.size / (ROUNDS * ROUND)), INT_MAX);
     if (n == 0) die("%s: too small to measure anything with", s->model.file.path);
     double bytes = 1e-9 * ROUNDS * ROUND, sums = bytes / 4 * 2;
@@ -2933,12 +2861,12 @@ static void run_bench(Session *s) {
         t->speed[i / count] = attempt(s, t, &text);
         show_progress(&progress, i + 1, TRIALS * count);
     }
-    print(&s->out, "threads %d threads\n", threads);
-    if (depth > 0) print(&s->out, "depth %d tokens\n", depth);
+    print(&s->out, "threads %d threads\n", s->pool.threads);
     for (Trial *t = trials; t < trials + count; t++) {
         double shares[TRIALS];
         for (int i = 0; i < TRIALS; i++)
             shares[i] = 100 * t->speed[i] * t->cost / trials[t->limit].speed[i];
+        if (t == trials + DEEP) print(&s->out, "depth %d tokens\n", depth);
         print_median(s, t->name, "", t->speed), print(&s->out, " %s\n", t->unit);
         if (t->what == STEPS) print_median(s, t->name, "-share", shares), print(&s->out, " %%\n");
     }
