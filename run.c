@@ -620,8 +620,8 @@ INLINE f32v choose(i32v mask, f32v a, f32v b) {
 }
 INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
 
-// Keeps a vector in its registers: gcc otherwise reads it from memory again for each product, and
-// then loads are the limit (a product of 120 tokens by bf16 in the cache: 62 % of the ceiling, 77).
+// Keeps a vector in its registers: gcc 12 otherwise reads it from memory again for each product, and
+// loads are the limit (float tiles in the cache, AVX-512: 71 % of the ceiling, so 85).
 #if defined __x86_64__
 INLINE f32v hold(f32v v) { EACH_PART __asm__("" : "+v"(v.p[k])); return v; }
 #else
@@ -1054,8 +1054,8 @@ typedef struct {
     int share;                   // lines of that for each tile
 } Part;
 
-// Each tile of F_TOKENS sends for its share of the weights that are wanted next (Zen 5, bf16: 11 %
-// faster; tokens sent for likewise push out of the first cache what is in use).
+// Each tile of F_TOKENS sends for its share of the weights that are wanted next: rows not yet in a
+// cache become floats in 7 us a unit of 100, not 14 to 53 (Zen 5); rows in one gain nothing.
 INLINE void send_for_weights(const Part *p, int tile) {
     const size_t stride = row_bytes(p->tensor->type, p->tensor->cols);
     const int lines = (int)row_bytes(p->tensor->type, COLUMNS) / LINE;
