@@ -620,7 +620,7 @@ INLINE f32v choose(i32v mask, f32v a, f32v b) {
 }
 INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
 
-// Keeps a vector in its registers: gcc 12 otherwise reads it from memory again for each product, and
+// Keeps a vector in its registers: gcc 12 otherwise reads it from memory for each product, and
 // loads are the limit (float tiles in the cache, AVX-512: 71 % of the ceiling, so 85).
 #if defined __x86_64__
 INLINE f32v hold(f32v v) { EACH_PART __asm__("" : "+v"(v.p[k])); return v; }
@@ -870,8 +870,8 @@ INLINE void store_some(float *out, f32v v, int n) {
 // q8 stores w/scale plus 128, q4 plus 8. Rows and columns that pad are zero, scales that pad are 0.
 
 // A matmul is cut into units of 32 rows, or of MOST_ROWS for float weights and many tokens, which
-// are then read half as often (Zen 5, bf16: 5 % faster). Float tiles have F_ROWS, and COLUMNS are
-// made floats at once. AHEAD are the bytes that decoding sends for in front of where it is.
+// are then read half as often (Zen 5, bf16: 5 % with half the COLUMNS). Float tiles have F_ROWS and
+// COLUMNS are made floats at once. AHEAD are the bytes that decoding sends for in front of where it is.
 enum { Q4_ZERO = 8, UNIT = 32, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512, AHEAD = 2048 };
 
 // What goes into a product: n rows of cols numbers, and for quantized weights the same as integers:
