@@ -871,7 +871,7 @@ INLINE void store_some(float *out, f32v v, int n) {
 
 // A matmul is cut into units of 32 rows, or of MOST_ROWS for float weights and many tokens, which
 // are then read half as often (Zen 5, bf16: 5 % with half the COLUMNS). Float tiles have F_ROWS and
-// COLUMNS are made floats at once. AHEAD are the bytes that decoding sends for in front of where it is.
+// COLUMNS made floats at once. AHEAD are the bytes that decoding sends for in front of where it is.
 enum { Q4_ZERO = 8, UNIT = 32, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512, AHEAD = 2048 };
 
 // What goes into a product: n rows of cols numbers, and for quantized weights the same as integers:
