@@ -56,31 +56,33 @@ class Output:
     """Files that appear under their names when all are complete, and otherwise leave no trace."""
 
     def __init__(self):
-        self.pending = []  # (file, its name while it is written, its name in the end)
+        self.files = []
+        self.names = []  # of each, while it is written and in the end
 
     def create(self, path):
         if os.path.lexists(path) and not os.path.isfile(path):
             refuse(path, "exists and is no regular file")
         partial = "%s.%d.partial" % (path, os.getpid())
+        self.names.append((partial, path))  # before it is there: a signal may come at any point
         try:
-            file = open(partial, "xb", BLOCK)
+            self.files.append(open(partial, "xb", BLOCK))
         except OSError as error:
+            self.names.pop()  # it may be another's
             refuse(path, "cannot be written: %s", error.strerror)
-        self.pending.append((file, partial, path))
-        return file
+        return self.files[-1]
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
         try:
-            for file, _, _ in self.pending:
+            for file in self.files:
                 file.close()
             if kind is None:
-                for _, partial, path in self.pending:
+                for partial, path in self.names:
                     os.replace(partial, path)
         finally:
-            for _, partial, _ in self.pending:
+            for partial, _ in self.names:
                 if os.path.lexists(partial):
                     os.unlink(partial)
 

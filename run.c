@@ -149,8 +149,7 @@ static Bytes read_text(const char *path) {
 // Where results go: standard output, or a file that takes its name only when it is
 // complete. Until then it has none on Linux, so whatever ends the program leaves nothing behind,
 // and elsewhere the name `part`, PATH.part. Devices and pipes keep their name: `part` is NULL.
-// Whole blocks are written, which the page cache can hold in its largest pages: see export.py.
-enum { BLOCK_OUT = 2 << 20 };
+enum { PAGE = 2 << 20 };  // bytes that files are written in: see BLOCK in export.py
 typedef struct { FILE *file; const char *path; char *part, *block; } Output;
 static void check_output(const Output *o, bool done) {
     if (!done) die("%s: not written: %s", o->path, strerror(errno));
@@ -176,7 +175,7 @@ static Output open_output(const char *path) {
     }
     if (named) o.file = fd >= 0 ? fdopen(fd, "wb") : fopen(o.part ? o.part : path, "wb");
     check_output(&o, o.file != NULL);
-    if (o.part) setvbuf(o.file, o.block = NEW(char, BLOCK_OUT), _IOFBF, BLOCK_OUT);
+    if (o.part) setvbuf(o.file, o.block = NEW(char, PAGE), _IOFBF, PAGE);
     return o;
 }
 static void write_bytes(Output *o, const void *data, size_t n) {
@@ -946,8 +945,8 @@ INLINE size_t ahead_of(size_t ahead, int groups, int g, size_t size, size_t step
 // fused, is the s * sum rounded once that a conversion and a product would give: 1 instruction for
 // 2 (6 % faster).
 //
-// Many tokens: each tile sends for its share of the next panels (+23 %). One: each line for the one
-// AHEAD of it, each group for its scales, in the next panels where these end (decoding q4: +18 %).
+// Many tokens: each tile sends for its share of the next panels (+5 % or more). One: each line for
+// the one AHEAD of it, each group for its scales, in the next panels where these end (q4: +18 %).
 INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int t0, Type type,
                    const int P, const int T) {
     const int rows = w->rows, groups = (int)group_count(w->cols);
@@ -1054,17 +1053,17 @@ typedef struct {
     const uint8_t *w;
     size_t stride;               // from row to row, in bytes
     const uint8_t *next;         // what is wanted next of the file: columns of MOST_ROWS
-    int share;                   // lines of that for each tile
+    int tiles;                   // of F_TOKENS, among which that is shared; 0: nothing is
 } Part;
 
 // Each tile of F_TOKENS sends for its share of the weights that are wanted next: rows not yet in a
 // cache become floats in 7 us a unit of 100, not 14 to 53 (Zen 5); rows in one gain nothing.
 INLINE void send_for_weights(const Part *p, int tile) {
     const size_t stride = row_bytes(p->tensor->type, p->tensor->cols);
-    const int lines = (int)row_bytes(p->tensor->type, COLUMNS) / LINE;
-    for (int i = tile * p->share; i < (tile + 1) * p->share; i++)
-        __builtin_prefetch(p->next + (size_t)(i / lines % MOST_ROWS) * stride
-                           + (size_t)(i % lines) * LINE, 0, 2);
+    const size_t lines = row_bytes(p->tensor->type, COLUMNS) / LINE, all = lines * MOST_ROWS;
+    const size_t first = (size_t)tile * all, tiles = (size_t)p->tiles;
+    for (size_t i = first / tiles; i < (first + all) / tiles; i++)
+        __builtin_prefetch(p->next + i / lines * stride + i % lines * LINE, 0, 2);
 }
 
 // F_ROWS rows from r on by T tokens from t on. Rows that are not there repeat the last.
@@ -1075,7 +1074,7 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
     const int H = T == 1 ? PARTS : 1;  // parts at once: as many sums as registers hold
     const uint8_t *w[F_ROWS];
     f32v *sums = p->sums + (size_t)t0 * MOST_ROWS + r, sum[F_ROWS][F_TOKENS];
-    if (T == F_TOKENS) send_for_weights(p, t0 / T * (MOST_ROWS / F_ROWS) + r / F_ROWS);
+    if (T == F_TOKENS && p->tiles) send_for_weights(p, t0 / T * (MOST_ROWS / F_ROWS) + r / F_ROWS);
     UNROLL for (int k = 0; k < F_ROWS; k++) {
         w[k] = p->w + (size_t)least(r + k, p->there - 1) * p->stride;
         UNROLL for (int t = 0; t < T; t++)
@@ -1135,9 +1134,8 @@ INLINE void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, 
         return;
     }
     const uint8_t *file = p.w, *below = file + MOST_ROWS * p.stride;
-    const int tiles = n / F_TOKENS * (MOST_ROWS / F_ROWS);
     p.w = (const uint8_t *)s->w, p.stride = sizeof s->w[0];
-    p.share = ((int)row_bytes(type, COLUMNS) / LINE * MOST_ROWS + tiles - 1) / tiles;
+    p.tiles = n / F_TOKENS * (MOST_ROWS / F_ROWS);
     for (; p.c0 < w->cols; p.c0 += COLUMNS) {
         p.next = w->cols - p.c0 > COLUMNS ? file + row_bytes(type, p.c0 + COLUMNS) : below;
         p.cols = least(COLUMNS, w->cols - p.c0);
@@ -1433,7 +1431,7 @@ typedef struct State {
     int context, slots;     // positions a sequence has room for, and how many sequences
     int batch, logit_rows;  // steps in the layers at once, and logits kept at once, at most
     float *x, *branch;      // (batch, dim)     the residual stream, what is to be added to it
-    Inputs in;              // (batch, widest)  what the next product multiplies
+    Inputs in;              // (batch, widest)  of the next product; x is h1 if quantized
     float *h1, *h2;         // (batch, widest)  inside the feed-forward block
     float *q, *k, *v;       // (batch, heads, head_dim)  in the room of h1, h2 and branch
     float *angles;          // (batch, 2, head_dim/2)    cosines and sines
@@ -1463,9 +1461,9 @@ static void lay_out(State *s, Arena *a) {
     size_t threads = (size_t)s->pool->threads, scratches = quantized ? 0 : threads;
     size_t heads = (size_t)s->slots * (size_t)c->n_layers * (size_t)c->n_kv_heads;
     s->x = DEAL(a, float, batch * (size_t)c->dim);
-    s->v = s->branch = DEAL(a, float, wide);
+    s->v = s->branch = DEAL(a, float, batch * (size_t)most(c->dim, kv_dim(c)));
     s->q = s->h1 = DEAL(a, float, wide), s->k = s->h2 = DEAL(a, float, wide);
-    s->in.x = DEAL(a, float, wide), s->in.q = DEAL(a, int8_t, groups * GROUP);
+    s->in.x = quantized ? s->h1 : DEAL(a, float, wide), s->in.q = DEAL(a, int8_t, groups * GROUP);
     s->in.scale = DEAL(a, float, groups), s->in.start = DEAL(a, int32_t, groups);
     s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
     s->logits = DEAL(a, float, (size_t)s->logit_rows * (size_t)c->vocab_size);
@@ -1489,8 +1487,8 @@ static void open_state(State *s) {
 }
 static void close_state(State *s) { close_arena(&s->arena); }
 
-// Steps at once: enough that weights read once serve many (1.1B bf16: 264 are 8 % faster than 144), in
-// about 20 MB of rows.
+// Steps at once: enough that weights read once serve many, in about 20 MB of rows (1.1B bf16: 264
+// steps, 8 % faster than 144).
 static int default_batch(const Config *c) {
     size_t row_size = sizeof(float) * ((size_t)widest(c) * 3 + 2 * (size_t)c->dim);
     return most(48, least(480, (int)((22u << 20) / row_size / 24 * 24)));  // whole tiles of 6 and 8
@@ -2654,9 +2652,8 @@ static void run_score(Session *s) {
     need_state(s, 2, (double)text->ids.n - 2, 1);
     text->ready.n = 0;  // the text is shown token by token, or not at all
     judge_text(s, &loss);
-    double nats = loss.nats / loss.tokens;
-    if (!loss.shows) print(&s->out, "nats %.6f per token\nperplexity %.4f\ntokens %.0f\n", nats,
-                           exp(nats), loss.tokens);
+    if (!loss.shows) print(&s->out, "nats %.6f per token\nperplexity %.4f\ntokens %.0f\n",
+                           loss.nats / loss.tokens, exp(loss.nats / loss.tokens), loss.tokens);
 }
 
 // Decimal token ids of -f become the text; the logits after each, float32 (n, vocab), go to -o.
@@ -2814,17 +2811,14 @@ static void strain(void *job, int thread, int first, int end) {
     (void)*(volatile IntPart *)sum;  // so that no work is left out
 }
 
-// How often a second an item or step is done, times its worth. The text is in the cache already. A
-// ceiling is held for a while: what no machine can keep up would be none (Zen 5: 7 % more in 7 ms).
+// How often a second an item or step is done, times its worth. The text is in the cache already.
+// A ceiling is one only if it can be kept up (Zen 5: 7 % more in 7 ms than in half a second).
 static double attempt(Session *s, Trial *t, Text *text) {
     double start = seconds(), times = 0;
-    do {
-        if (t->what != STEPS) parallel(&s->pool, t->n, strain, t);
-        else for (text->pos = t->from; text->pos < t->from + t->n; catch_up(s, text))
-            text->ids.n = (size_t)(text->pos + t->batch);
-        times++;
-    } while (t->what != STEPS && seconds() < start + 0.3);
-    return t->worth * t->n * times / (seconds() - start);
+    for (; t->what != STEPS && seconds() < start + .5; times++) parallel(&s->pool, t->n, strain, t);
+    for (text->pos = t->from; t->what == STEPS && text->pos < t->from + t->n; catch_up(s, text))
+        text->ids.n = (size_t)(text->pos + t->batch);
+    return t->worth * t->n * fmax(times, 1) / (seconds() - start);
 }
 static int rising(const void *a, const void *b) {
     return *(const double *)a < *(const double *)b ? -1 : *(const double *)a > *(const double *)b;
@@ -2852,7 +2846,7 @@ static void run_bench(Session *s) {
         {"dot-product", "GOP/s", DOT, items, .worth = sums * 4},
         {"prompt", "tokens/s", STEPS, prompt, 0, prompt,
          is_quantized(s->model.config.type) ? DOTS : SUMS, 1, .cost = 2e-9 * cost.products},
-        {"read", "GB/s", READ, n, .worth = bytes},
+        {"read", "GB/s", READ, n, .worth = bytes, .at = s->model.file.at},
         {"decode", "tokens/s", STEPS, least(64, context), 0, 1, READS, 1,
          .cost = 1e-9 * cost.bytes},
         {"decode-deep", "tokens/s", STEPS, least(64, context - depth), depth, 1, DECODE, 1,
@@ -2864,9 +2858,7 @@ static void run_bench(Session *s) {
         push(&text.ids, i * 7 % s->model.config.vocab_size);
     catch_up(s, &text);
     for (int i = 0; i < TRIALS * count; i++) {
-        Trial *t = &trials[i % count];
-        t->at = s->model.file.at;
-        t->speed[i / count] = attempt(s, t, &text);
+        trials[i % count].speed[i / count] = attempt(s, &trials[i % count], &text);
         show_progress(&progress, i + 1, TRIALS * count);
     }
     print(&s->out, "threads %d threads\n", s->pool.threads);
