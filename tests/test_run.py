@@ -844,6 +844,19 @@ class Batch(Case):
                 self.assertEqual(d["prompt"] + d["text"] + "\n", alone)
                 self.assertEqual((d["tokens"], d["stop"]), (12, "limit"))
 
+    def test_an_answer_is_seen_before_the_next_line_is_asked_for(self):
+        process = subprocess.Popen(command(STORIES, "-z", TOK512, "-b", "-", "-w", 1, "-n", 3, "-t", 0),
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        try:
+            for line in b"Once\n", b"Lily\n":
+                process.stdin.write(line)
+                process.stdin.flush()
+                self.assertTrue(select.select([process.stdout], [], [], MOST_SECONDS)[0], "no answer")
+                self.assertEqual(json.loads(process.stdout.readline())["prompt"], line.decode().strip())
+        finally:
+            process.kill()
+            process.communicate()
+
     def test_why_it_stopped_is_said(self):
         done = self.complete([b"a\n", b"b c d e f g h i j k\n"], "-n", 3, "-t", 0, "-c", 6)
         self.assertEqual([d["stop"] for d in done], ["limit", "context"])
