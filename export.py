@@ -1051,7 +1051,7 @@ class Progress:
             print("", end="\n" if percent == 100 else "", file=sys.stderr, flush=True)
 
 def model_pieces(c, kind, contents):
-    """The whole file, piece by piece."""
+    """The whole file, piece by piece. contents(slot, layer, kind) yields the bytes of one tensor."""
     at = 256
     yield pack_header(c, kind)
     for slot, layer in layout(c):
@@ -1065,7 +1065,6 @@ def model_pieces(c, kind, contents):
         at += done
 
 def write_model(output, path, c, kind, contents):
-    """contents(slot, layer, kind) yields the bytes of one tensor."""
     file, at, progress = output.create(path), 0, Progress(file_size(c, kind))
     for piece in model_pieces(c, kind, contents):
         rest = memoryview(piece).cast("B")

@@ -145,11 +145,11 @@ static Bytes read_text(const char *path) {
     if (in != stdin) fclose(in);
     return b;
 }
+enum { PAGE = 2 << 20 };  // bytes that files are written in: see BLOCK in export.py
 
 // Where results go: standard output, or a file that takes its name only when it is
 // complete. Until then it has none on Linux, so whatever ends the program leaves nothing behind,
 // and elsewhere the name `part`, PATH.part. Devices and pipes keep their name: `part` is NULL.
-enum { PAGE = 2 << 20 };  // bytes that files are written in: see BLOCK in export.py
 typedef struct { FILE *file; const char *path; char *part, *block; } Output;
 static void check_output(const Output *o, bool done) {
     if (!done) die("%s: not written: %s", o->path, strerror(errno));
@@ -1431,7 +1431,7 @@ typedef struct State {
     int context, slots;     // positions a sequence has room for, and how many sequences
     int batch, logit_rows;  // steps in the layers at once, and logits kept at once, at most
     float *x, *branch;      // (batch, dim)     the residual stream, what is to be added to it
-    Inputs in;              // (batch, widest)  of the next product; x is h1 if quantized
+    Inputs in;              // (batch, widest)  of the next product; if that takes q, x is in h1
     float *h1, *h2;         // (batch, widest)  inside the feed-forward block
     float *q, *k, *v;       // (batch, heads, head_dim)  in the room of h1, h2 and branch
     float *angles;          // (batch, 2, head_dim/2)    cosines and sines
