@@ -150,7 +150,7 @@ enum { PAGE = 2 << 20 };  // bytes that files are written in: see BLOCK in expor
 // Where results go: standard output, or a file that takes its name only when it is
 // complete. Until then it has none on Linux, so whatever ends the program leaves nothing behind,
 // and elsewhere the name `part`, PATH.part. Devices and pipes keep their name: `part` is NULL.
-typedef struct { FILE *file; const char *path; char *part, *block; } Output;
+typedef struct { FILE *file; const char *path; char *part, *block; size_t written; } Output;
 static void check_output(const Output *o, bool done) {
     if (!done) die("%s: not written: %s", o->path, strerror(errno));
 }
@@ -162,7 +162,7 @@ static void check_output(const Output *o, bool done) {
 static Output open_output(const char *path) {
     struct stat st;
     bool named = path && strcmp(path, "-") != 0;
-    Output o = {stdout, named ? path : "standard output", NULL, NULL};
+    Output o = {stdout, named ? path : "standard output", NULL, NULL, 0};
     int fd = -1;
     if (named && (stat(path, &st) != 0 || S_ISREG(st.st_mode))) {
         const char *slash = strrchr(path, '/');
@@ -180,6 +180,7 @@ static Output open_output(const char *path) {
 }
 static void write_bytes(Output *o, const void *data, size_t n) {
     check_output(o, fwrite(data, 1, n, o->file) == n);
+    o->written += n;
 }
 static void send_off(Output *o) { check_output(o, fflush(o->file) == 0); }
 
@@ -215,13 +216,13 @@ static double seconds(void) {
 }
 
 // How far a long job is, on a terminal, once it has lasted a second and until all is done.
-typedef struct { const char *what; double start, shown; } Progress;
-static void show_progress(Progress *p, double done, double all) {
+typedef struct { const char *what; double all, start, shown; } Progress;
+static void show_progress(Progress *p, double done) {
     double now = seconds();
-    if (done >= all && p->shown > 0) fprintf(stderr, "\r\033[K");
-    if (done >= all || now < p->start + 1 || now < p->shown + 0.1 || !isatty(STDERR_FILENO)) return;
+    if (done >= p->all && p->shown > 0) fprintf(stderr, "\r\033[K");
+    if (done >= p->all || now < p->start + 1 || now < p->shown + 0.1 || !isatty(STDERR_FILENO)) return;
     p->shown = now;
-    fprintf(stderr, "\r%s: %3.0f %% ", p->what, 100 * done / all);
+    fprintf(stderr, "\r%s: %3.0f %% ", p->what, 100 * done / p->all);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -590,7 +591,7 @@ enum { LANES = 8, Q_PANELS = 1, Q_TOKENS = 6, F_TOKENS = 3 };
 #define STEPS_NEON
 enum { LANES = 4, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 4 };
 #else
-enum { LANES = 4, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 2 };
+enum { LANES = 4, Q_PANELS = 1, Q_TOKENS = 2, F_TOKENS = 2 };
 #endif
 enum { WIDTH = 16, PARTS = WIDTH / LANES };
 
@@ -1006,15 +1007,15 @@ INLINE void q_panels(float *out, const Tensor *w, int panel, const Inputs *in, i
                      const int P) {
     int t = 0;
     for (; n - t >= Q_TOKENS; t += Q_TOKENS) q_tile(out, w, panel, in, t, type, P, Q_TOKENS);
-    for (; n - t >= 4; t += 4) q_tile(out, w, panel, in, t, type, P, 4);
-    for (; n - t >= 2; t += 2) q_tile(out, w, panel, in, t, type, P, 2);
+    for (; Q_TOKENS > 4 && n - t >= 4; t += 4) q_tile(out, w, panel, in, t, type, P, 4);
+    for (; Q_TOKENS > 2 && n - t >= 2; t += 2) q_tile(out, w, panel, in, t, type, P, 2);
     for (; t < n; t++) q_tile(out, w, panel, in, t, type, P, 1);
 }
 INLINE void q_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Type type) {
     int panel = unit * (UNIT / PANEL), end = least(panel + UNIT / PANEL, (int)panel_count(w->rows));
     for (; end - panel >= Q_PANELS; panel += Q_PANELS)
         q_panels(out, w, panel, in, n, type, Q_PANELS);
-    for (; panel < end; panel++) q_panels(out, w, panel, in, n, type, 1);
+    for (; Q_PANELS > 1 && panel < end; panel++) q_panels(out, w, panel, in, n, type, 1);
 }
 static int unit_rows(Type type, int n) {
     return is_quantized(type) || n < 2 * F_TOKENS ? UNIT : MOST_ROWS;
@@ -1029,13 +1030,18 @@ INLINE f32v load_weights(Type type, const void *at, int n) {
     return type == F32 ? load_f32(at) : type == BF16 ? load_bf16(at) : load_f16(at);
 }
 
+INLINE void widen(float *out, const uint8_t *at, int n, const Type type) {
+    for (int i = 0; i < n; i += WIDTH)
+        store_some(out + i, load_weights(type, at + row_bytes(type, i), n - i), n - i);
+}
+
 // n weights of a row, from column c0 on, as floats.
-INLINE void widen_row(float *out, const Tensor *w, int row, int c0, int n, Type type) {
-    const uint8_t *at = w->data + (size_t)row * row_bytes(type, w->cols) + row_bytes(type, c0);
-    int i = 0;
-    for (; n - i >= WIDTH; i += WIDTH)
-        store_f32(out + i, load_weights(type, at + row_bytes(type, i), WIDTH));
-    if (i < n) store_some(out + i, load_weights(type, at + row_bytes(type, i), n - i), n - i);
+static void widen_row(float *out, const Tensor *w, int row, int c0, int n) {
+    const uint8_t *at = w->data + (size_t)row * row_bytes(w->type, w->cols);
+    at += row_bytes(w->type, c0);
+    if (w->type == F32) widen(out, at, n, F32);
+    else if (w->type == BF16) widen(out, at, n, BF16);
+    else widen(out, at, n, F16);
 }
 
 // What a thread has to multiply by float weights: columns of a unit's rows as floats (an odd stride
@@ -1115,32 +1121,36 @@ INLINE void float_tiles(const Part *p, int n, const Type type) {
     int t = 0;
     for (; n - t >= F_TOKENS; t += F_TOKENS)
         for (int r = 0; r < p->there; r += F_ROWS) float_tile(p, r, t, type, F_TOKENS);
-    for (; n - t >= 2; t += 2)
+    for (; F_TOKENS > 2 && n - t >= 2; t += 2)
         for (int r = 0; r < p->there; r += F_ROWS) float_tile(p, r, t, type, 2);
     for (int r = 0; r < p->there && t < n; r += F_ROWS) float_tile(p, r, t, type, 1);
+}
+static void multiply_part(const Part *p, int n, Type type) {
+    if (type == F32) float_tiles(p, n, F32);
+    else if (type == BF16) float_tiles(p, n, BF16);
+    else float_tiles(p, n, F16);
 }
 
 // Few tokens: rows are used where they lie. Many: a unit's rows are made floats once, COLUMNS at a
 // time, so that they and the tokens' share of x stay in the first two caches.
-INLINE void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Scratch *s,
-                       const Type type) {
-    const int rows = unit_rows(type, n);
+static void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Scratch *s) {
+    const int rows = unit_rows(w->type, n);
     Part p = {.out = out, .tensor = w, .first = unit * rows, .x = in->x, .sums = s->sums,
-              .cols = w->cols, .stride = row_bytes(type, w->cols)};
+              .cols = w->cols, .stride = row_bytes(w->type, w->cols)};
     p.there = least(rows, w->rows - p.first);
     p.w = w->data + (size_t)p.first * p.stride;
     if (rows < MOST_ROWS) {
-        float_tiles(&p, n, type);
+        multiply_part(&p, n, w->type);
         return;
     }
     const uint8_t *file = p.w, *below = file + MOST_ROWS * p.stride;
     p.w = (const uint8_t *)s->w, p.stride = sizeof s->w[0];
     p.tiles = n / F_TOKENS * (MOST_ROWS / F_ROWS);
     for (; p.c0 < w->cols; p.c0 += COLUMNS) {
-        p.next = w->cols - p.c0 > COLUMNS ? file + row_bytes(type, p.c0 + COLUMNS) : below;
+        p.next = w->cols - p.c0 > COLUMNS ? file + row_bytes(w->type, p.c0 + COLUMNS) : below;
         p.cols = least(COLUMNS, w->cols - p.c0);
-        for (int r = 0; r < p.there; r++) widen_row(s->w[r], w, p.first + r, p.c0, p.cols, type);
-        float_tiles(&p, n, F32);
+        for (int r = 0; r < p.there; r++) widen_row(s->w[r], w, p.first + r, p.c0, p.cols);
+        multiply_part(&p, n, F32);
     }
 }
 
@@ -1154,7 +1164,7 @@ static int zero_of(Type type) { return type == Q8 ? 128 : Q4_ZERO; }
 // One row as floats.
 static void unpack_row(float *out, const Tensor *w, int row) {
     if (!is_quantized(w->type)) {
-        widen_row(out, w, row, 0, w->cols, w->type);
+        widen_row(out, w, row, 0, w->cols);
         return;
     }
     const uint8_t *panel = w->data + (size_t)(row / PANEL) * panel_bytes(w->type, w->cols);
@@ -1171,9 +1181,7 @@ static void unpack_row(float *out, const Tensor *w, int row) {
 // Rows of one unit of out(n, rows) = in(n, cols) w(rows, cols)^T.
 static void multiply_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n,
                           Scratch *s) {
-    if (w->type == F32) float_unit(out, w, unit, in, n, s, F32);
-    else if (w->type == BF16) float_unit(out, w, unit, in, n, s, BF16);
-    else if (w->type == F16) float_unit(out, w, unit, in, n, s, F16);
+    if (!is_quantized(w->type)) float_unit(out, w, unit, in, n, s);
     else if (w->type == Q8) q_unit(out, w, unit, in, n, Q8);
     else q_unit(out, w, unit, in, n, Q4);
 }
@@ -2308,13 +2316,13 @@ static void feed(Session *s, Text *text) {
 
 // Run what the cache lacks. Returns the logits after it; with nothing to run, those that are there.
 static float *catch_up(Session *s, Text *text) {
-    Progress progress = {"reading", seconds(), 0};
     int from = text->pos, all = (int)text->ids.n, n = 0;
+    Progress progress = {"reading", all - from, seconds(), 0};
     for (int t = from; t < all; t++) s->steps[t] = (Step){text->ids.at[t], text->slot, t};
     for (; text->pos < all; text->pos += n) {
         n = least(s->state.batch, all - text->pos);
         forward(&s->state, s->steps + text->pos, n);
-        show_progress(&progress, text->pos + n - from, all - from);
+        show_progress(&progress, text->pos + n - from);
     }
     return n ? logits(&s->state, n - 1, 1) : s->state.logits;
 }
@@ -2626,7 +2634,7 @@ static void judge_text(Session *s, Loss *loss) {
     const Tokens *ids = &s->text.ids;
     int batch = s->options->width ? least(state->batch, (int)s->options->width) : state->batch;
     int vocab = s->model.config.vocab_size;
-    Progress progress = {"reading", seconds(), 0};
+    Progress progress = {"reading", (double)ids->n, seconds(), 0};
     s->steps[0] = (Step){ids->at[0], 0, 0};
     for (size_t at = s->text.bos; at < ids->n;) {
         int n = s->text.bos;
@@ -2638,7 +2646,7 @@ static void judge_text(Session *s, Loss *loss) {
             float *scores = row(state->logits, done % ROWS, vocab);
             if (!loss) write_bytes(&s->out, scores, (size_t)vocab * sizeof *scores);
             else if (t + 1 < n) judge(s, loss, s->steps[t + 1].id, scores);
-            show_progress(&progress, (double)at - n + t + 1, (double)ids->n);
+            show_progress(&progress, (double)at - n + t + 1);
         }
     }
 }
@@ -2738,15 +2746,16 @@ static void pack_rows(void *job, int thread, int first, int end) {
 }
 
 // Adds to the sums of squares of errors and of weights.
-static void write_packed(Session *s, const Tensor *w, Type type, double sums[2]) {
+static void write_packed(Session *s, const Tensor *w, Type type, double sums[2], Progress *p) {
     size_t bytes = panel_bytes(type, w->cols);
     uint8_t *panels = new_array(PACKED / PANEL, bytes);
     for (int first = 0, rows; first < w->rows; first += rows) {
-        Packing p = {w, type, first, memset(panels, 0, PACKED / PANEL * bytes), {0}, {0}};
+        Packing job = {w, type, first, memset(panels, 0, PACKED / PANEL * bytes), {0}, {0}};
         rows = least(PACKED, (int)panel_count(w->rows) * PANEL - first);
-        parallel(&s->pool, rows, pack_rows, &p);
-        for (int i = 0; i < rows; i++) sums[0] += p.error[i], sums[1] += p.power[i];
+        parallel(&s->pool, rows, pack_rows, &job);
+        for (int i = 0; i < rows; i++) sums[0] += job.error[i], sums[1] += job.power[i];
         write_bytes(&s->out, panels, (size_t)rows / PANEL * bytes);
+        show_progress(p, (double)s->out.written);
     }
     free(panels);
 }
@@ -2757,7 +2766,6 @@ static void run_quantize(Session *s) {
     const char *type = o->type ? o->type : "", *path = o->output ? o->output : "";
     Model *m = &s->model, to = *m;
     double sums[SLOTS][2] = {0};
-    size_t at = HEADER;
     int l = 0;
     to.config.type = strcmp(type, "q4") == 0 ? Q4 : Q8;
     if (m->config.type == Q4 || !*path || strcmp(type, type_names[to.config.type]) != 0)
@@ -2766,17 +2774,17 @@ static void run_quantize(Session *s) {
     to.layers = new_array((size_t)to.config.n_layers, sizeof *to.layers);
     Header header = {MAGIC, 1, to.config, {0}, take_ours(&to)};
     write_bytes(&s->out, &header, HEADER);
-    Progress progress = {"quantizing", seconds(), 0};
+    Progress progress = {"quantizing", (double)header.size, seconds(), 0};
     for (SlotId i = 0; i < SLOTS; i = next_slot(&to.config, i, &l)) {
-        const Tensor *w = &m->layers[l][i], *packed = &to.layers[l][i];
-        write_bytes(&s->out, zeros, round_up(at, LINE) - at);
-        if (packed->type == F32) write_bytes(&s->out, w->data, tensor_bytes(w));
-        else write_packed(s, w, packed->type, sums[i]);
+        const Tensor *w = &m->layers[l][i];
+        Type packed = to.layers[l][i].type;
+        write_bytes(&s->out, zeros, round_up(s->out.written, LINE) - s->out.written);
+        if (packed == F32) write_bytes(&s->out, w->data, tensor_bytes(w));
+        else write_packed(s, w, packed, sums[i], &progress);
         if (!(sums[i][0] < INFINITY && sums[i][1] < INFINITY))
             die("%s: %s has weights that are no numbers or too large", o->model, slots[i].name);
-        at = round_up(at, LINE) + tensor_bytes(packed);
-        show_progress(&progress, (double)at, (double)header.size);
     }
+    show_progress(&progress, progress.all);
     free(to.layers);
     for (SlotId i = 0; i < SLOTS && o->verbose; i++)
         if (sums[i][1] > 0) fprintf(stderr, "%-15s relative root mean square error %.5f\n",
@@ -2853,13 +2861,13 @@ static void run_bench(Session *s) {
          .cost = 1}};
     int count = depth > 0 ? COUNT(trials) : DEEP;
     Text text = {0};
-    Progress progress = {"measuring", seconds(), 0};
+    Progress progress = {"measuring", TRIALS * count, seconds(), 0};
     for (int i = 0; i < most(prompt, depth + 64) && i < context; i++)
         push(&text.ids, i * 7 % s->model.config.vocab_size);
     catch_up(s, &text);
     for (int i = 0; i < TRIALS * count; i++) {
         trials[i % count].speed[i / count] = attempt(s, &trials[i % count], &text);
-        show_progress(&progress, i + 1, TRIALS * count);
+        show_progress(&progress, i + 1);
     }
     print(&s->out, "threads %d threads\n", s->pool.threads);
     for (Trial *t = trials; t < trials + count; t++) {

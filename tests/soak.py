@@ -24,11 +24,12 @@ LONGEST = 100000  # bytes in a line
 AHEAD = 32  # lines without an answer yet; more than batch mode takes at once
 MOST_TOKENS = 6
 CONTEXT = 80
-# Kilobytes above the most of the warm-up: the quarantine, 1 MB, and what an allocator keeps for each of its sizes.
+# Kilobytes above the most of the warm-up: what an allocator keeps for each of its sizes.
 # A quarter of it is what the least may rise above the most of the beginning: a leak has no ups and downs.
 SLACK = 2048
-# Freed memory stays in the sanitizer's quarantine, 256 MB by default, which would hide what the program holds.
-SANITIZERS = {"ASAN_OPTIONS": "quarantine_size_mb=1:thread_local_quarantine_size_kb=64",
+# Without the sanitizer's quarantine of freed memory. It would hide what the program holds, and however small, each
+# size of block once fills it, and the allocator keeps that room for the size: memory grows for hours.
+SANITIZERS = {"ASAN_OPTIONS": "quarantine_size_mb=0:thread_local_quarantine_size_kb=0",
               "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 WORDS = "once upon a time there was little dog who said \"hi\" to the cat, mouse; and they \\ played 42 \t".split(" ")
