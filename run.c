@@ -601,6 +601,8 @@ typedef float    FloatPart __attribute__((vector_size(4 * LANES)));
 typedef int32_t  IntPart   __attribute__((vector_size(4 * LANES)));
 typedef uint32_t BitPart   __attribute__((vector_size(4 * LANES)));
 typedef IntPart  LooseInts __attribute__((aligned(1), may_alias));
+typedef uint16_t HalfPart  __attribute__((vector_size(2 * LANES)));
+typedef int8_t   BytePart  __attribute__((vector_size(LANES)));
 typedef struct { FloatPart p[PARTS]; } f32v;
 typedef struct { IntPart p[PARTS]; } i32v;
 
@@ -633,6 +635,12 @@ INLINE f32v hold(f32v v) { return v; }
 INLINE i32v load_line(const void *line) { MAP(i32v, ((const LooseInts *)line)[k]); }
 INLINE f32v load_f32(const float *x) { return as_float(load_line(x)); }
 INLINE void store_f32(float *x, f32v v) { EACH_PART ((LooseInts *)x)[k] = (IntPart)v.p[k]; }
+// bf16 is the upper half of a float.
+INLINE FloatPart wide_bf16(const uint16_t *x) {
+    HalfPart upper;
+    memcpy(&upper, x, sizeof upper);
+    return (FloatPart)(__builtin_convertvector(upper, BitPart) << 16);
+}
 INLINE float float_of_bits(uint32_t u) { float f; memcpy(&f, &u, sizeof f); return f; }
 INLINE uint32_t bits_of_float(float f) { uint32_t u; memcpy(&u, &f, sizeof u); return u; }
 
@@ -656,9 +664,7 @@ static uint16_t narrow_half(float x) {
 }
 
 // The steps that differ between instruction sets, a register at a time:
-//   fused        a * b + c, rounded once
-//   wide_bf16    bf16 is the upper half of a float
-//   wide_f16, narrow_f16
+//   fused        a * b + c, rounded once; wide_f16, narrow_f16 as widen_half, narrow_half
 //   dot4         to each 32-bit lane of sum, the product of its 4 weights w (one line of a panel)
 //                and the 4 activations x: 16 rows at once. Weights of q8 are stored plus 128; they
 //                enter plus Q8_ZERO, which the caller takes off
@@ -677,9 +683,6 @@ typedef __m128i Halves;
 INLINE Halves load_halves(const uint16_t *x) { Halves h; memcpy(&h, x, sizeof h); return h; }
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) { return X86(fmadd_ps)(a, b, c); }
 INLINE FloatPart wide_f16(const uint16_t *x) { return X86(cvtph_ps)(load_halves(x)); }
-INLINE FloatPart wide_bf16(const uint16_t *x) {
-    return (FloatPart)X86(slli_epi32)(X86(cvtepu16_epi32)(load_halves(x)), 16);
-}
 INLINE void narrow_f16(uint16_t *out, FloatPart x) {
     Halves h = X86(cvtps_ph)(x, 0);
     memcpy(out, &h, sizeof h);
@@ -688,7 +691,6 @@ INLINE void narrow_f16(uint16_t *out, FloatPart x) {
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
     return (FloatPart)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
-INLINE FloatPart wide_bf16(const uint16_t *x) { return (FloatPart)vshll_n_u16(vld1_u16(x), 16); }
 INLINE FloatPart wide_f16(const uint16_t *x) {
     return (FloatPart)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)));
 }
@@ -700,11 +702,6 @@ INLINE void narrow_f16(uint16_t *out, FloatPart x) {
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
     EACH_LANE c[i] = fmaf(a[i], b[i], c[i]);
     return c;
-}
-INLINE FloatPart wide_bf16(const uint16_t *x) {
-    BitPart r;
-    EACH_LANE r[i] = (uint32_t)x[i] << 16;
-    return (FloatPart)r;
 }
 INLINE FloatPart wide_f16(const uint16_t *x) {
     FloatPart r;
@@ -811,15 +808,12 @@ INLINE void join4(float *out, f32v a, f32v b, f32v c, f32v d) {
 #endif
 }
 
-// The low byte of each lane. (gcc 12 makes 5 times as much of the loop as of the instruction.)
+// The low byte of each lane.
 INLINE void store_bytes(int8_t *out, i32v v) {
-#if defined STEPS_AVX512
-    _mm_storeu_si128((__m128i *)(void *)out, _mm512_cvtepi32_epi8((Ints)v.p[0]));
-#else
-    int32_t all[WIDTH];
-    memcpy(all, &v, sizeof all);
-    for (int i = 0; i < WIDTH; i++) out[i] = (int8_t)all[i];
-#endif
+    EACH_PART {
+        BytePart low = __builtin_convertvector(v.p[k], BytePart);
+        memcpy(out + k * LANES, &low, sizeof low);
+    }
 }
 
 // Adding ROUNDER to a float of less than 2^22 rounds it to a whole number, ties to even, which then
@@ -1059,32 +1053,31 @@ typedef struct {
     const uint8_t *w;
     size_t stride;               // from row to row, in bytes
     const uint8_t *next;         // what is wanted next of the file: columns of MOST_ROWS
-    int tiles;                   // of F_TOKENS, among which that is shared; 0: nothing is
+    int share;                   // lines of that which each tile of F_TOKENS sends for
 } Part;
 
 // Each tile of F_TOKENS sends for its share of the weights that are wanted next: rows not yet in a
 // cache become floats in 7 us a unit of 100, not 14 to 53 (Zen 5); rows in one gain nothing.
-INLINE void send_for_weights(const Part *p, int tile) {
+INLINE void send_for_weights(const Part *p, int r, int tile) {
     const size_t stride = row_bytes(p->tensor->type, p->tensor->cols);
-    const size_t lines = row_bytes(p->tensor->type, COLUMNS) / LINE, all = lines * MOST_ROWS;
-    const size_t first = (size_t)tile * all, tiles = (size_t)p->tiles;
-    for (size_t i = first / tiles; i < (first + all) / tiles; i++)
-        __builtin_prefetch(p->next + i / lines * stride + i % lines * LINE, 0, 2);
+    const int lines = (int)row_bytes(p->tensor->type, COLUMNS) / LINE * F_ROWS;
+    for (int i = tile * p->share; i < least((tile + 1) * p->share, lines); i++)
+        __builtin_prefetch(p->next + (size_t)(r + i % F_ROWS) * stride + i / F_ROWS * LINE, 0, 2);
 }
 
-// F_ROWS rows from r on by T tokens from t on. Rows that are not there repeat the last.
+// F_ROWS rows from r on by T tokens from t0 on. Rows that are not there repeat the last.
 INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int T) {
     const size_t x_stride = (size_t)p->tensor->cols, rows = (size_t)p->tensor->rows;
     const float *x = p->x + (size_t)t0 * x_stride + p->c0;
     const int whole = p->cols / WIDTH * WIDTH, rest = p->cols - whole;
     const int H = T == 1 ? PARTS : 1;  // parts at once: as many sums as registers hold
     const uint8_t *w[F_ROWS];
-    f32v *sums = p->sums + (size_t)t0 * MOST_ROWS + r, sum[F_ROWS][F_TOKENS];
-    if (T == F_TOKENS && p->tiles) send_for_weights(p, t0 / T * (MOST_ROWS / F_ROWS) + r / F_ROWS);
+    f32v *sums = p->sums + (size_t)t0 * MOST_ROWS + r * T, sum[F_ROWS][F_TOKENS];
+    if (T == F_TOKENS) send_for_weights(p, r, t0 / T);
     UNROLL for (int k = 0; k < F_ROWS; k++) {
         w[k] = p->w + (size_t)least(r + k, p->there - 1) * p->stride;
         UNROLL for (int t = 0; t < T; t++)
-            sum[k][t] = p->c0 == 0 ? spread(0) : sums[t * MOST_ROWS + k];
+            sum[k][t] = p->c0 == 0 ? spread(0) : sums[k * T + t];
     }
     UNROLL_OUTER for (int h = 0; h < PARTS; h += H)
         for (int i = 0; i < whole; i += WIDTH) {
@@ -1109,11 +1102,12 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
     UNROLL for (int t = 0; t < T; t++) {
         float four[F_ROWS], *out = p->out + (size_t)(t0 + t) * rows + p->first + r;
         if (p->c0 + p->cols < p->tensor->cols) {
-            UNROLL for (int k = 0; k < F_ROWS; k++) sums[t * MOST_ROWS + k] = sum[k][t];
+            UNROLL for (int k = 0; k < F_ROWS; k++) sums[k * T + t] = sum[k][t];
             continue;
         }
         join4(four, sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
-        memcpy(out, four, (size_t)least(F_ROWS, p->there - r) * sizeof *four);
+        if (p->there - r >= F_ROWS) memcpy(out, four, sizeof four);
+        else memcpy(out, four, (size_t)(p->there - r) * sizeof *four);
     }
 }
 
@@ -1145,7 +1139,7 @@ static void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, 
     }
     const uint8_t *file = p.w, *below = file + MOST_ROWS * p.stride;
     p.w = (const uint8_t *)s->w, p.stride = sizeof s->w[0];
-    p.tiles = n / F_TOKENS * (MOST_ROWS / F_ROWS);
+    p.share = (int)row_bytes(w->type, COLUMNS) / LINE * F_ROWS / (n / F_TOKENS) + 1;
     for (; p.c0 < w->cols; p.c0 += COLUMNS) {
         p.next = w->cols - p.c0 > COLUMNS ? file + row_bytes(w->type, p.c0 + COLUMNS) : below;
         p.cols = least(COLUMNS, w->cols - p.c0);
@@ -2732,17 +2726,15 @@ typedef struct {
 static void pack_rows(void *job, int thread, int first, int end) {
     Packing *p = job;
     const Tensor *w = p->from;
-    size_t padded = group_count(w->cols) * GROUP;
-    float *x = NEW(float, padded);
     (void)thread;
     for (int i = first; i < end; i++) {
         uint8_t *panel = p->panels + (size_t)(i / PANEL) * panel_bytes(p->type, w->cols);
-        memset(x, 0, padded * sizeof *x);
+        float *x = NEW(float, group_count(w->cols) * GROUP);
         if (p->first + i < w->rows) unpack_row(x, w, p->first + i);
         for (int j = 0; j < w->cols; j++) p->power[i] += (double)x[j] * (double)x[j];
         p->error[i] = pack_row(panel, p->type, i % PANEL, x, w->cols);
+        free(x);
     }
-    free(x);
 }
 
 // Adds to the sums of squares of errors and of weights.
