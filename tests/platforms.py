@@ -29,6 +29,7 @@ ARM = [("aarch64", "-march=armv8-a"), ("aarch64 dotprod", "-march=armv8.2-a+dotp
 COMPILERS = [
     ("gcc glibc", "gcc", [("native", "-march=native")] + MACHINES, ""),
     ("clang glibc", "clang", MACHINES, ""),
+    ("clang 19", "clang-19", MACHINES, ""),
     ("gcc musl", "musl-gcc -static", MACHINES, ""),
     ("gcc glibc", "aarch64-linux-gnu-gcc -static", ARM, "qemu-aarch64"),
     ("clang glibc", "clang --target=aarch64-linux-gnu -static", ARM, "qemu-aarch64"),

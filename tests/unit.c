@@ -189,7 +189,7 @@ static void sizes_that_overflow_are_dealt_as_too_much(void) {
     Arena a = {0};
     for (int i = 0; i < 100; i++)
         DEAL(&a, double, SIZE_MAX / 2);
-    EXPECT(a.used >= 100.0 * SIZE_MAX);
+    EXPECT(a.used >= 100.0 * (double)SIZE_MAX);
 }
 
 static void deal_too_much(void *with) { open_arena(*(double *)with, "less is less"); }
