@@ -149,7 +149,7 @@ enum { PAGE = 2 << 20 };  // bytes that files are written in: see BLOCK in expor
 
 // Where results go: standard output, or a file that takes its name only when it is
 // complete. Until then it has none on Linux, so whatever ends the program leaves nothing behind,
-// and elsewhere the name `part`, PATH.part. Devices and pipes keep their name: `part` is NULL.
+// and elsewhere `part`, PATH.part; devices and pipes keep theirs. `written`: by write_bytes alone.
 typedef struct { FILE *file; const char *path; char *part, *block; size_t written; } Output;
 static void check_output(const Output *o, bool done) {
     if (!done) die("%s: not written: %s", o->path, strerror(errno));
@@ -220,7 +220,7 @@ typedef struct { const char *what; double all, start, shown; } Progress;
 static void show_progress(Progress *p, double done) {
     double now = seconds();
     if (done >= p->all && p->shown > 0) fprintf(stderr, "\r\033[K");
-    if (done >= p->all || now < p->start + 1 || now < p->shown + 0.1 || !isatty(STDERR_FILENO)) return;
+    if (done >= p->all || now < fmax(p->start + 1, p->shown + 0.1) || !isatty(STDERR_FILENO)) return;
     p->shown = now;
     fprintf(stderr, "\r%s: %3.0f %% ", p->what, 100 * done / p->all);
 }
@@ -635,11 +635,10 @@ INLINE f32v hold(f32v v) { return v; }
 INLINE i32v load_line(const void *line) { MAP(i32v, ((const LooseInts *)line)[k]); }
 INLINE f32v load_f32(const float *x) { return as_float(load_line(x)); }
 INLINE void store_f32(float *x, f32v v) { EACH_PART ((LooseInts *)x)[k] = (IntPart)v.p[k]; }
-// bf16 is the upper half of a float.
 INLINE FloatPart wide_bf16(const uint16_t *x) {
     HalfPart upper;
     memcpy(&upper, x, sizeof upper);
-    return (FloatPart)(__builtin_convertvector(upper, BitPart) << 16);
+    return (FloatPart)(__builtin_convertvector(upper, BitPart) << 16);  // a float's upper half
 }
 INLINE float float_of_bits(uint32_t u) { float f; memcpy(&f, &u, sizeof f); return f; }
 INLINE uint32_t bits_of_float(float f) { uint32_t u; memcpy(&u, &f, sizeof u); return u; }
@@ -996,7 +995,8 @@ INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int
                        rows - (panel + p) * PANEL);
 }
 
-// All tokens against P panels, the widest tile first.
+// All tokens against P panels, the widest tile first. No tile is compiled twice: the conditions on
+// what a machine has, here and below, halve the time of a build.
 INLINE void q_panels(float *out, const Tensor *w, int panel, const Inputs *in, int n, Type type,
                      const int P) {
     int t = 0;
@@ -1039,7 +1039,7 @@ static void widen_row(float *out, const Tensor *w, int row, int c0, int n) {
 }
 
 // What a thread has to multiply by float weights: columns of a unit's rows as floats (an odd stride
-// keeps rows out of each other's cache sets), and (n, MOST_ROWS) sums so far.
+// keeps rows out of each other's cache sets), and (n, MOST_ROWS) sums so far, tile by tile.
 typedef struct { float w[MOST_ROWS][COLUMNS + WIDTH]; f32v *sums; } Scratch;
 
 // A part of a product: columns c0 to c0 + cols of a unit. Its rows lie from `w` on, in the file or,
@@ -1106,7 +1106,7 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
             continue;
         }
         join4(four, sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
-        if (p->there - r >= F_ROWS) memcpy(out, four, sizeof four);
+        if (p->there - r >= F_ROWS) memcpy(out, four, sizeof four);  // known, so not a call
         else memcpy(out, four, (size_t)(p->there - r) * sizeof *four);
     }
 }
