@@ -149,7 +149,7 @@ enum { PAGE = 2 << 20 };  // bytes that files are written in: see BLOCK in expor
 
 // Where results go: standard output, or a file that takes its name only when it is
 // complete. Until then it has none on Linux, so whatever ends the program leaves nothing behind,
-// and elsewhere `part`, PATH.part; devices and pipes keep theirs. `written`: by write_bytes alone.
+// and elsewhere `part`, PATH.part, NULL for devices and pipes. `written`: by write_bytes alone.
 typedef struct { FILE *file; const char *path; char *part, *block; size_t written; } Output;
 static void check_output(const Output *o, bool done) {
     if (!done) die("%s: not written: %s", o->path, strerror(errno));
@@ -220,7 +220,7 @@ typedef struct { const char *what; double all, start, shown; } Progress;
 static void show_progress(Progress *p, double done) {
     double now = seconds();
     if (done >= p->all && p->shown > 0) fprintf(stderr, "\r\033[K");
-    if (done >= p->all || now < fmax(p->start + 1, p->shown + 0.1) || !isatty(STDERR_FILENO)) return;
+    if (done >= p->all || now < fmax(p->start + 1, p->shown + .1) || !isatty(STDERR_FILENO)) return;
     p->shown = now;
     fprintf(stderr, "\r%s: %3.0f %% ", p->what, 100 * done / p->all);
 }
