@@ -41,6 +41,7 @@
 #define VERSION "1.0"
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 #define INLINE static inline __attribute__((always_inline))
+#define ALONE static __attribute__((noinline))  // no registers are lost to what is around it
 #if defined __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define UNROLL_OUTER  // clang unrolls no loop around a long one
@@ -594,6 +595,7 @@ enum { LANES = 4, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 4 };
 enum { LANES = 4, Q_PANELS = 1, Q_TOKENS = 2, F_TOKENS = 2 };
 #endif
 enum { WIDTH = 16, PARTS = WIDTH / LANES };
+static size_t vector_count(int n) { return round_up((size_t)n, WIDTH) / WIDTH; }
 
 // A struct of native registers rather than one vector of 64 bytes: gcc 12 keeps the latter in
 // memory on machines whose registers are smaller (a dot product then runs 9 times slower).
@@ -870,17 +872,19 @@ INLINE void store_some(float *out, f32v v, int n) {
 // COLUMNS made floats at once. AHEAD are the bytes that decoding sends for in front of where it is.
 enum { Q4_ZERO = 8, UNIT = 32, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512, AHEAD = 2048 };
 
-// What goes into a product: n rows of cols numbers, and for quantized weights the same as integers:
-// each group of 32 as whole numbers of -127 to 127 times a scale.
+// What goes into a product: n rows of cols numbers, and the same as its tiles read them: for float
+// weights as vectors, the last padded with zeros; for quantized weights in groups of 32, each as
+// whole numbers of -127 to 127 times a scale.
 typedef struct {
     float *x;        // (n, cols)
-    int8_t *q;       // (n / Q_TOKENS, groups, Q_TOKENS, GROUP), as a tile reads them
-    float *scale;    // (n / Q_TOKENS, groups, Q_TOKENS)
+    float *vector;   // (n / F_TOKENS, vectors of a row, F_TOKENS, 16)
+    int8_t *q;       // (n / Q_TOKENS, groups of a row, Q_TOKENS, GROUP)
+    float *scale;    // (n / Q_TOKENS, groups of a row, Q_TOKENS)
     int32_t *start;  // likewise: where a group's sum starts, see q_tile
 } Inputs;
-// Where a group of row t stands among those of all.
-static size_t group_at(size_t groups, int t, size_t g) {
-    return ((size_t)(t / Q_TOKENS) * groups + g) * Q_TOKENS + (size_t)(t % Q_TOKENS);
+// Where vector or group i of row t stands; a row has `count`, `tile` tokens lie together.
+static size_t tiled(size_t count, int tile, int t, size_t i) {
+    return ((size_t)(t / tile) * count + i) * (size_t)tile + (size_t)(t % tile);
 }
 static float group_peak(const float *x) {
     return greatest(greater_of(magnitude(load_f32(x)), magnitude(load_f32(x + WIDTH))));
@@ -900,15 +904,18 @@ static int quantize_group(int8_t *q, float *scale, const float *x) {
 }
 
 // Row t of the inputs made ready for weights of this type.
-static void prepare(Inputs *in, int t, int cols, Type type) {
-    size_t groups = is_quantized(type) ? group_count(cols) : 0, at = group_at(groups, t, 0);
+static void prepare(const Inputs *in, int n, int t, int cols, Type type) {
     const float *x = in->x + (size_t)t * (size_t)cols;
-    for (int left = cols, zero = type == Q8 ? Q8_ZERO : Q4_ZERO; groups--; at += Q_TOKENS) {
-        float padded[GROUP] = {0};
-        if (left < GROUP) x = memcpy(padded, x, (size_t)left * sizeof *x);
-        int sum = quantize_group(in->q + at * GROUP, &in->scale[at], x);
+    const bool quantized = is_quantized(type);
+    for (int i = 0; i < cols && !quantized; i += WIDTH)
+        store_f32(in->vector + tiled(vector_count(cols), least(n, F_TOKENS), t,
+                                     (size_t)(i / WIDTH)) * WIDTH, load_some(x + i, cols - i));
+    for (int i = 0, zero = type == Q8 ? Q8_ZERO : Q4_ZERO; i < cols && quantized; i += GROUP) {
+        size_t at = tiled(group_count(cols), Q_TOKENS, t, (size_t)(i / GROUP));
+        float group[GROUP] = {0};
+        memcpy(group, x + i, (size_t)least(GROUP, cols - i) * sizeof *x);
+        int sum = quantize_group(in->q + at * GROUP, &in->scale[at], group);
         in->start[at] = ROUNDER_BITS - zero * sum;
-        x += GROUP, left -= GROUP;
     }
 }
 
@@ -946,7 +953,7 @@ INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int
     const int rows = w->rows, groups = (int)group_count(w->cols);
     const bool pairs = PAIRS && type == Q4;
     const size_t step = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
-    const size_t first = group_at((size_t)groups, t0, 0);
+    const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
     const uint8_t *lines = w->data + (size_t)panel * step, *next = lines + (size_t)P * step;
     const uint8_t *scales = lines + line_bytes(type, w->cols);
     const int8_t *q = in->q + first * GROUP;
@@ -1012,7 +1019,7 @@ INLINE void q_unit(float *out, const Tensor *w, int unit, const Inputs *in, int 
     for (; Q_PANELS > 1 && panel < end; panel++) q_panels(out, w, panel, in, n, type, 1);
 }
 static int unit_rows(Type type, int n) {
-    return is_quantized(type) || n < 2 * F_TOKENS ? UNIT : MOST_ROWS;
+    return is_quantized(type) || n < F_TOKENS ? UNIT : MOST_ROWS;
 }
 
 // Float weights. Lane i of a sum takes columns i, i + 16, ..., so that a row is read as it lies.
@@ -1024,81 +1031,80 @@ INLINE f32v load_weights(Type type, const void *at, int n) {
     return type == F32 ? load_f32(at) : type == BF16 ? load_bf16(at) : load_f16(at);
 }
 
-INLINE void widen(float *out, const uint8_t *at, int n, const Type type) {
-    for (int i = 0; i < n; i += WIDTH)
-        store_some(out + i, load_weights(type, at + row_bytes(type, i), n - i), n - i);
-}
+// What a thread has to multiply by float weights, as its tiles read it: columns of a unit's rows as
+// floats, and (n, MOST_ROWS) sums so far.
+typedef struct {
+    float w[MOST_ROWS / F_ROWS][COLUMNS / WIDTH][F_ROWS][WIDTH];
+    f32v *sums;
+} Scratch;
 
-// n weights of a row, from column c0 on, as floats.
-static void widen_row(float *out, const Tensor *w, int row, int c0, int n) {
-    const uint8_t *at = w->data + (size_t)row * row_bytes(w->type, w->cols);
-    at += row_bytes(w->type, c0);
-    if (w->type == F32) widen(out, at, n, F32);
-    else if (w->type == BF16) widen(out, at, n, BF16);
-    else widen(out, at, n, F16);
-}
-
-// What a thread has to multiply by float weights: columns of a unit's rows as floats (an odd stride
-// keeps rows out of each other's cache sets), and (n, MOST_ROWS) sums so far, tile by tile.
-typedef struct { float w[MOST_ROWS][COLUMNS + WIDTH]; f32v *sums; } Scratch;
-
-// A part of a product: columns c0 to c0 + cols of a unit. Its rows lie from `w` on, in the file or,
-// as floats, in the scratch; sums begin at the first column and are joined after the last.
+// A part of a product: columns c0 to c0 + cols of a unit. Sums begin at the first column and are
+// joined after the last. Few tokens take their weights FROM_FILE; of many the first F_TOKENS do so
+// too, KEEPING them as floats in the scratch, where the others find them KEPT.
+enum Source { FROM_FILE, KEEPING, KEPT };
 typedef struct {
     float *out;
-    const float *x;              // (n, tensor->cols)
-    f32v *sums;
+    const float *x;       // of Inputs
+    Scratch *scratch;
     const Tensor *tensor;
-    int first, there, c0, cols;  // row of the tensor, rows there are
-    const uint8_t *w;
-    size_t stride;               // from row to row, in bytes
-    const uint8_t *next;         // what is wanted next of the file: columns of MOST_ROWS
-    int share;                   // lines of that which each tile of F_TOKENS sends for
+    int n, first, there;  // tokens; row of the tensor, rows there are
+    int c0, cols;
+    const uint8_t *w;     // in the file,
+    size_t stride;        // from row to row there, in bytes,
+    const uint8_t *next;  // and what is wanted next: columns of MOST_ROWS,
+    int share;            // so many lines of them by each tile of F_TOKENS
 } Part;
 
-// Each tile of F_TOKENS sends for its share of the weights that are wanted next: rows not yet in a
-// cache become floats in 7 us a unit of 100, not 14 to 53 (Zen 5); rows in one gain nothing.
+// Send for a tile's share of the weights that are wanted next (Zen 5, f32: 8 % faster).
 INLINE void send_for_weights(const Part *p, int r, int tile) {
-    const size_t stride = row_bytes(p->tensor->type, p->tensor->cols);
     const int lines = (int)row_bytes(p->tensor->type, COLUMNS) / LINE * F_ROWS;
+    const uint8_t *next = p->next + (size_t)r * p->stride;
     for (int i = tile * p->share; i < least((tile + 1) * p->share, lines); i++)
-        __builtin_prefetch(p->next + (size_t)(r + i % F_ROWS) * stride + i / F_ROWS * LINE, 0, 2);
+        __builtin_prefetch(next + (size_t)(i % F_ROWS) * p->stride + i / F_ROWS * LINE, 0, 2);
 }
 
-// F_ROWS rows from r on by T tokens from t0 on. Rows that are not there repeat the last.
-INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int T) {
-    const size_t x_stride = (size_t)p->tensor->cols, rows = (size_t)p->tensor->rows;
-    const float *x = p->x + (size_t)t0 * x_stride + p->c0;
-    const int whole = p->cols / WIDTH * WIDTH, rest = p->cols - whole;
+// F_ROWS rows from r on by T tokens from t0 on. Rows that are not there repeat the last. The sums
+// of the next tile are sent for, as all are more than the second cache holds (6 % faster); so are
+// weights in a file (bf16: 1 token 1.1 times, 2 tokens 1.9 times faster).
+INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int T,
+                       const enum Source from) {
+    const int all = (int)vector_count(p->cols), whole = from == KEPT ? all : p->cols / WIDTH;
+    const int tile = from == FROM_FILE ? p->n : F_TOKENS;
     const int H = T == 1 ? PARTS : 1;  // parts at once: as many sums as registers hold
+    const size_t rows = (size_t)p->tensor->rows, row = vector_count(p->tensor->cols);
+    const size_t step = row_bytes(type, WIDTH);
+    const float *x = p->x + tiled(row, tile, t0, (size_t)(p->c0 / WIDTH)) * WIDTH;
     const uint8_t *w[F_ROWS];
-    f32v *sums = p->sums + (size_t)t0 * MOST_ROWS + r * T, sum[F_ROWS][F_TOKENS];
+    float (*kept)[F_ROWS][WIDTH] = p->scratch->w[r / F_ROWS];
+    f32v sum[F_ROWS][F_TOKENS], *sums = p->scratch->sums + (size_t)t0 * MOST_ROWS + r * T;
     if (T == F_TOKENS) send_for_weights(p, r, t0 / T);
     UNROLL for (int k = 0; k < F_ROWS; k++) {
         w[k] = p->w + (size_t)least(r + k, p->there - 1) * p->stride;
-        UNROLL for (int t = 0; t < T; t++)
-            sum[k][t] = p->c0 == 0 ? spread(0) : sums[k * T + t];
+        UNROLL for (int t = 0; t < T; t++) sum[k][t] = p->c0 == 0 ? spread(0) : sums[k * T + t];
     }
     UNROLL_OUTER for (int h = 0; h < PARTS; h += H)
-        for (int i = 0; i < whole; i += WIDTH) {
-            const size_t left = row_bytes(type, whole - i);
-            const size_t ahead = AHEAD + (left > AHEAD ? 0 : (F_ROWS - 1) * p->stride);
+        for (int i = 0; i < whole; i++) {
+            const size_t at = (size_t)i * step, left = (size_t)(whole - i) * step;
+            const size_t ahead = at + AHEAD + (left > AHEAD ? 0 : (F_ROWS - 1) * p->stride);
             f32v v[F_TOKENS];
-            UNROLL for (int t = 0; t < T; t++) v[t] = hold(load_f32(x + (size_t)t * x_stride + i));
+            if (T == F_TOKENS) __builtin_prefetch(sums + F_ROWS * T + i, 1);
+            UNROLL for (int t = 0; t < T; t++) v[t] = hold(load_f32(x + (i * tile + t) * WIDTH));
             UNROLL for (int k = 0; k < F_ROWS; k++) {
-                f32v row = load_weights(type, w[k] + row_bytes(type, i), WIDTH);
-                if (T == 1) __builtin_prefetch(w[k] + row_bytes(type, i) + ahead);  // bf16: +11 %
+                f32v u = from == KEPT ? load_f32(kept[i][k]) : load_weights(type, w[k] + at, WIDTH);
+                if (from == KEEPING && h == 0) store_f32(kept[i][k], u);
                 UNROLL for (int t = 0; t < T; t++)
                     UNROLL for (int j = h; j < h + H; j++)
-                        sum[k][t].p[j] = fused(row.p[j], v[t].p[j], sum[k][t].p[j]);
+                        sum[k][t].p[j] = fused(u.p[j], v[t].p[j], sum[k][t].p[j]);
             }
+            UNROLL for (int k = 0; from == FROM_FILE && k < F_ROWS; k++)
+                __builtin_prefetch(w[k] + ahead);
         }
-    if (rest)
-        UNROLL for (int k = 0; k < F_ROWS; k++) {
-            f32v v = load_weights(type, w[k] + row_bytes(type, whole), rest);
-            UNROLL for (int t = 0; t < T; t++)
-                sum[k][t] = fma16(v, load_some(x + (size_t)t * x_stride + whole, rest), sum[k][t]);
-        }
+    UNROLL for (int k = 0; whole < all && k < F_ROWS; k++) {
+        f32v u = load_weights(type, w[k] + (size_t)whole * step, p->cols % WIDTH);
+        if (from == KEEPING) store_f32(kept[whole][k], u);
+        UNROLL for (int t = 0; t < T; t++)
+            sum[k][t] = fma16(u, load_f32(x + (whole * tile + t) * WIDTH), sum[k][t]);
+    }
     UNROLL for (int t = 0; t < T; t++) {
         float four[F_ROWS], *out = p->out + (size_t)(t0 + t) * rows + p->first + r;
         if (p->c0 + p->cols < p->tensor->cols) {
@@ -1111,40 +1117,46 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
     }
 }
 
-INLINE void float_tiles(const Part *p, int n, const Type type) {
-    int t = 0;
-    for (; n - t >= F_TOKENS; t += F_TOKENS)
-        for (int r = 0; r < p->there; r += F_ROWS) float_tile(p, r, t, type, F_TOKENS);
-    for (; F_TOKENS > 2 && n - t >= 2; t += 2)
-        for (int r = 0; r < p->there; r += F_ROWS) float_tile(p, r, t, type, 2);
-    for (int r = 0; r < p->there && t < n; r += F_ROWS) float_tile(p, r, t, type, 1);
+INLINE void float_tiles(const Part *p, int t, const Type type, const int T,
+                        const enum Source from) {
+    for (int r = 0; r < p->there; r += F_ROWS) float_tile(p, r, t, type, T, from);
 }
-static void multiply_part(const Part *p, int n, Type type) {
-    if (type == F32) float_tiles(p, n, F32);
-    else if (type == BF16) float_tiles(p, n, BF16);
-    else float_tiles(p, n, F16);
+INLINE void few_tokens(const Part *p, int t, const Type type, const enum Source from) {
+    for (; F_TOKENS > 2 && p->n - t >= 2; t += 2) float_tiles(p, t, type, 2, from);
+    if (t < p->n) float_tiles(p, t, type, 1, from);
 }
 
-// Few tokens: rows are used where they lie. Many: a unit's rows are made floats once, COLUMNS at a
-// time, so that they and the tokens' share of x stay in the first two caches.
+// All of few tokens, or the first of many.
+INLINE void tokens_from_file(const Part *p, const Type type) {
+    if (p->n < F_TOKENS) few_tokens(p, 0, type, FROM_FILE);
+    else float_tiles(p, 0, type, F_TOKENS, KEEPING);
+}
+ALONE void f32_from_file(const Part *p) { tokens_from_file(p, F32); }
+ALONE void bf16_from_file(const Part *p) { tokens_from_file(p, BF16); }
+ALONE void f16_from_file(const Part *p) { tokens_from_file(p, F16); }
+ALONE void multiply_kept(const Part *p) {
+    int t = F_TOKENS;
+    for (; p->n - t >= F_TOKENS; t += F_TOKENS) float_tiles(p, t, F32, F_TOKENS, KEPT);
+    few_tokens(p, t, F32, KEPT);
+}
+
+// Few tokens: rows are used where they lie. Many: a unit's rows are read once, COLUMNS at a time,
+// so that they and the tokens' share of x stay in the first two caches.
 static void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Scratch *s) {
-    const int rows = unit_rows(w->type, n);
-    Part p = {.out = out, .tensor = w, .first = unit * rows, .x = in->x, .sums = s->sums,
-              .cols = w->cols, .stride = row_bytes(w->type, w->cols)};
-    p.there = least(rows, w->rows - p.first);
-    p.w = w->data + (size_t)p.first * p.stride;
-    if (rows < MOST_ROWS) {
-        multiply_part(&p, n, w->type);
-        return;
-    }
-    const uint8_t *file = p.w, *below = file + MOST_ROWS * p.stride;
-    p.w = (const uint8_t *)s->w, p.stride = sizeof s->w[0];
-    p.share = (int)row_bytes(w->type, COLUMNS) / LINE * F_ROWS / (n / F_TOKENS) + 1;
-    for (; p.c0 < w->cols; p.c0 += COLUMNS) {
-        p.next = w->cols - p.c0 > COLUMNS ? file + row_bytes(w->type, p.c0 + COLUMNS) : below;
-        p.cols = least(COLUMNS, w->cols - p.c0);
-        for (int r = 0; r < p.there; r++) widen_row(s->w[r], w, p.first + r, p.c0, p.cols);
-        multiply_part(&p, n, F32);
+    const int lines = (int)row_bytes(w->type, COLUMNS) / LINE * F_ROWS;
+    Part p = {.out = out, .x = in->vector, .scratch = s, .tensor = w, .n = n,
+              .first = unit * unit_rows(w->type, n), .stride = row_bytes(w->type, w->cols),
+              .share = lines / most(1, n / F_TOKENS) + 1};
+    const uint8_t *file = w->data + (size_t)p.first * p.stride;
+    p.there = least(unit_rows(w->type, n), w->rows - p.first);
+    for (int left = w->cols; left > 0; left -= p.cols, p.c0 += p.cols) {
+        p.cols = n < F_TOKENS ? left : least(COLUMNS, left);
+        p.w = file + row_bytes(w->type, p.c0);
+        p.next = left > p.cols ? p.w + row_bytes(w->type, p.cols) : file + MOST_ROWS * p.stride;
+        if (w->type == F32) f32_from_file(&p);
+        else if (w->type == BF16) bf16_from_file(&p);
+        else f16_from_file(&p);
+        if (n > F_TOKENS) multiply_kept(&p);
     }
 }
 
@@ -1157,10 +1169,11 @@ static int zero_of(Type type) { return type == Q8 ? 128 : Q4_ZERO; }
 
 // One row as floats.
 static void unpack_row(float *out, const Tensor *w, int row) {
-    if (!is_quantized(w->type)) {
-        widen_row(out, w, row, 0, w->cols);
-        return;
-    }
+    const uint8_t *floats = w->data + (size_t)row * row_bytes(w->type, w->cols);
+    for (int i = 0; !is_quantized(w->type) && i < w->cols; i += WIDTH)
+        store_some(out + i, load_weights(w->type, floats + row_bytes(w->type, i), w->cols - i),
+                   w->cols - i);
+    if (!is_quantized(w->type)) return;
     const uint8_t *panel = w->data + (size_t)(row / PANEL) * panel_bytes(w->type, w->cols);
     const uint8_t *scales = panel + line_bytes(w->type, w->cols) + row % PANEL * 2;
     for (int i = 0; i < w->cols; i++) {
@@ -1433,7 +1446,7 @@ typedef struct State {
     int context, slots;     // positions a sequence has room for, and how many sequences
     int batch, logit_rows;  // steps in the layers at once, and logits kept at once, at most
     float *x, *branch;      // (batch, dim)     the residual stream, what is to be added to it
-    Inputs in;              // (batch, widest)  of the next product; if that takes q, x is in h1
+    Inputs in;              // (batch, widest)  of the next product; its x is in h1
     float *h1, *h2;         // (batch, widest)  inside the feed-forward block
     float *q, *k, *v;       // (batch, heads, head_dim)  in the room of h1, h2 and branch
     float *angles;          // (batch, 2, head_dim/2)    cosines and sines
@@ -1460,12 +1473,14 @@ static void lay_out(State *s, Arena *a) {
     const int context = (int)round_up((size_t)s->context, BLOCK);
     size_t batch = (size_t)s->batch, wide = batch * (size_t)widest(c), answer = (size_t)(MIX + pad);
     size_t groups = quantized ? round_up(batch, Q_TOKENS) * group_count(widest(c)) : 0;
+    size_t vectors = quantized ? 0 : round_up(batch, F_TOKENS) * vector_count(widest(c));
     size_t threads = (size_t)s->pool->threads, scratches = quantized ? 0 : threads;
     size_t heads = (size_t)s->slots * (size_t)c->n_layers * (size_t)c->n_kv_heads;
     s->x = DEAL(a, float, batch * (size_t)c->dim);
     s->v = s->branch = DEAL(a, float, batch * (size_t)most(c->dim, kv_dim(c)));
     s->q = s->h1 = DEAL(a, float, wide), s->k = s->h2 = DEAL(a, float, wide);
-    s->in.x = quantized ? s->h1 : DEAL(a, float, wide), s->in.q = DEAL(a, int8_t, groups * GROUP);
+    s->in.x = s->h1, s->in.vector = DEAL(a, float, vectors * WIDTH);
+    s->in.q = DEAL(a, int8_t, groups * GROUP);
     s->in.scale = DEAL(a, float, groups), s->in.start = DEAL(a, int32_t, groups);
     s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
     s->logits = DEAL(a, float, (size_t)s->logit_rows * (size_t)c->vocab_size);
@@ -1547,7 +1562,7 @@ static void norm_row(State *s, int t) {
     float *x = row(s->x, t, c->dim), *branch = row(s->branch, t, c->dim);
     for (int i = 0; i < c->dim; i++) x[i] += branch[i], branch[i] = 0;
     rmsnorm(row(s->in.x, t, c->dim), x, s->norm, c->norm_eps);
-    prepare(&s->in, t, c->dim, c->type);
+    prepare(&s->in, s->n, t, c->dim, c->type);
 }
 
 // in = silu(h1) * h2, silu(x) = x / (1 + e^-x) (Shazeer 2020).
@@ -1559,7 +1574,7 @@ static void swiglu_row(State *s, int t) {
         f32v bottom = add(spread(1), exponential(sub(spread(0), gate)));
         store_some(out + i, mul(over(gate, bottom), up), n - i);
     }
-    prepare(&s->in, t, n, s->model->config.type);
+    prepare(&s->in, s->n, t, n, s->model->config.type);
 }
 
 // Turn each pair of a head by its angle: (a, b) becomes (a cos - b sin, a sin + b cos). A query and
@@ -1641,7 +1656,7 @@ static void finish_row(State *s, int t) {
         for (int i = 0; i < c->head_dim; i++) out[i] = whole[MIX + i] * share;
         whole[TOTAL] = 0;
     }
-    prepare(&s->in, t, q_dim(c), c->type);
+    prepare(&s->in, s->n, t, q_dim(c), c->type);
 }
 
 // in = attention of the queries over the cache. Steps run together if all are neighbours, and each

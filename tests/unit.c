@@ -552,15 +552,18 @@ static void the_error_that_packing_reports_is_the_error_it_made(void) {
 // Inputs of random numbers, made ready for weights of a type.
 static Inputs new_inputs(Type type, int n, int cols) {
     size_t groups = round_up((size_t)n, Q_TOKENS) * group_count(cols);
+    size_t vectors = round_up((size_t)n, F_TOKENS) * vector_count(cols);
     Inputs in = {.x = random_numbers((size_t)(n * cols), 99), .q = NEW(int8_t, groups * GROUP),
+                 .vector = NEW(float, vectors * WIDTH),
                  .scale = NEW(float, groups), .start = NEW(int32_t, groups)};
     for (int t = 0; t < n; t++)
-        prepare(&in, t, cols, type);
+        prepare(&in, n, t, cols, type);
     return in;
 }
 
 static void free_inputs(Inputs *in) {
     free(in->x);
+    free(in->vector);
     free(in->q);
     free(in->scale);
     free(in->start);
@@ -583,7 +586,7 @@ static void free_scratch(Scratch *s, int threads) {
 static double input_value(const Inputs *in, Type type, int t, int i, int cols) {
     if (!is_quantized(type))
         return (double)in->x[t * cols + i];
-    size_t g = group_at(group_count(cols), t, (size_t)(i / GROUP));
+    size_t g = tiled(group_count(cols), Q_TOKENS, t, (size_t)(i / GROUP));
     return (double)in->q[g * GROUP + (size_t)(i % GROUP)] * (double)in->scale[g];
 }
 
@@ -616,14 +619,17 @@ static void check_matmul(Type type, int rows, int cols) {
     for (int k = 0; k < COUNT(thread_counts); k++)
         start_pool(&pools[k], thread_counts[k]);
     for (int t = 0; t < TOKENS; t++) {
-        Inputs from = {in.x + t * cols, alone.q, alone.scale, alone.start};
-        prepare(&from, 0, cols, type);
+        Inputs from = alone;
+        from.x = in.x + t * cols;
+        prepare(&from, 1, 0, cols, type);
         Matmul m = {{{one + t * rows, &w}}, .count = 1, .in = &from, .n = 1, .scratch = scratch};
         matmul(&pools[0], &m);
     }
     check_product(one, &w, &in, TOKENS);
     for (int k = 0; k < COUNT(at_once); k++) {
         int n = at_once[k];
+        for (int t = 0; t < n; t++)
+            prepare(&in, n, t, cols, type);  // how they lie depends on how many there are
         Matmul m = {{{many, &w}}, .count = 1, .in = &in, .n = n, .scratch = scratch};
         memset(many, -1, (size_t)(TOKENS * rows) * sizeof *many);
         matmul(&pools[k % COUNT(thread_counts)], &m);
@@ -700,7 +706,7 @@ static void products_of_any_bytes_do_not_saturate(void) {
         for (int i = 0; i < 5 * cols; i++)
             in.x[i] = random_bits(&seed) % 2 ? 1 : -1;
         for (int t = 0; t < 5; t++)
-            prepare(&in, t, cols, type);
+            prepare(&in, 5, t, cols, type);
         float out[5 * 32];
         Pool p;
         start_pool(&p, 1);
@@ -848,8 +854,11 @@ static void attention_does_not_depend_on_the_order_of_its_items(void) {
     for (int k = 0; k < COUNT(windows); k++) {
         Scene s;
         open_scene(&s, heads_config(F32, 6, 2, 10, windows[k]), 2, 600, 1);
+        float queries[60];
+        memcpy(queries, s.state.q, sizeof queries);
         float *forwards = answers_of(&s);
         EXPECT_INT(s.state.parts, 600 / BLOCK + 1);
+        memcpy(s.state.q, queries, sizeof queries);  // answers take its room
         for (int i = s.model.config.n_kv_heads * s.state.parts; i-- > 0;)
             attend_items(&s.state, 0, i, i + 1);
         each_row(&s.state, finish_row);
@@ -869,7 +878,7 @@ static void a_query_gets_the_same_bits_alone_and_among_others(void) {
         for (int t = 0; t < s.n; t++) {
             State one = s.state;
             one.steps += t, one.n = 1;
-            memcpy(one.q, queries + t * 60, 60 * sizeof *queries);  // answers may take its room
+            memcpy(one.q, queries + t * 60, 60 * sizeof *queries);  // answers take its room
             attend(&one);
             EXPECT_BITS(s.state.in.x, together + t * 60, 60);
         }
