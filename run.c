@@ -41,7 +41,6 @@
 #define VERSION "1.0"
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 #define INLINE static inline __attribute__((always_inline))
-#define ALONE static __attribute__((noinline))  // no registers are lost to what is around it
 #if defined __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define UNROLL_OUTER  // clang unrolls no loop around a long one
@@ -809,10 +808,14 @@ INLINE void join4(float *out, f32v a, f32v b, f32v c, f32v d) {
 #endif
 }
 
-// The low byte of each lane.
+// The low byte of each lane. (By conversion gcc 12 takes them out one by one: prompts 3 % slower.)
 INLINE void store_bytes(int8_t *out, i32v v) {
     EACH_PART {
+#if defined STEPS_AVX512
+        BytePart low = (BytePart)_mm512_cvtepi32_epi8((Ints)v.p[k]);
+#else
         BytePart low = __builtin_convertvector(v.p[k], BytePart);
+#endif
         memcpy(out + k * LANES, &low, sizeof low);
     }
 }
@@ -877,7 +880,7 @@ enum { Q4_ZERO = 8, UNIT = 32, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512, AHEAD 
 // whole numbers of -127 to 127 times a scale.
 typedef struct {
     float *x;        // (n, cols)
-    float *vector;   // (n / F_TOKENS, vectors of a row, F_TOKENS, 16)
+    float *vector;   // (n / F_TOKENS, vectors of a row, F_TOKENS or n if fewer, 16)
     int8_t *q;       // (n / Q_TOKENS, groups of a row, Q_TOKENS, GROUP)
     float *scale;    // (n / Q_TOKENS, groups of a row, Q_TOKENS)
     int32_t *start;  // likewise: where a group's sum starts, see q_tile
@@ -886,36 +889,31 @@ typedef struct {
 static size_t tiled(size_t count, int tile, int t, size_t i) {
     return ((size_t)(t / tile) * count + i) * (size_t)tile + (size_t)(t % tile);
 }
-static float group_peak(const float *x) {
-    return greatest(greater_of(magnitude(load_f32(x)), magnitude(load_f32(x + WIDTH))));
-}
+static float group_peak(f32v a, f32v b) { return greatest(greater_of(magnitude(a), magnitude(b))); }
 
-// 32 numbers as integers and a scale; returns the sum of the integers. The largest becomes 127.
-static int quantize_group(int8_t *q, float *scale, const float *x) {
-    float peak = group_peak(x);
-    f32v a = load_f32(x), b = load_f32(x + WIDTH), rounder = spread(ROUNDER);
-    f32v inverse = spread(peak > 0 ? 127.0f / peak : 0);
+// 32 numbers become a group; returns the sum of its integers, the largest of which is 127.
+INLINE int quantize_group(const Inputs *in, size_t at, f32v a, f32v b) {
+    float peak = group_peak(a, b);
+    f32v inverse = spread(peak > 0 ? 127.0f / peak : 0), rounder = spread(ROUNDER);
     a = add(mul(a, inverse), rounder), b = add(mul(b, inverse), rounder);
-    store_bytes(q, as_int(a));
-    store_bytes(q + WIDTH, as_int(b));
-    *scale = peak / 127.0f;
+    store_bytes(in->q + at * GROUP, as_int(a));
+    store_bytes(in->q + at * GROUP + WIDTH, as_int(b));
+    in->scale[at] = peak / 127.0f;
     float sum = join(add(sub(a, rounder), sub(b, rounder)));  // exact, or NaN
     return sum == sum ? (int)sum : 0;
 }
 
-// Row t of the inputs made ready for weights of this type.
+// Row t of n inputs made ready for weights of this type.
 static void prepare(const Inputs *in, int n, int t, int cols, Type type) {
+    const bool groups = is_quantized(type);
+    const int tile = groups ? Q_TOKENS : least(n, F_TOKENS), zero = type == Q8 ? Q8_ZERO : Q4_ZERO;
     const float *x = in->x + (size_t)t * (size_t)cols;
-    const bool quantized = is_quantized(type);
-    for (int i = 0; i < cols && !quantized; i += WIDTH)
-        store_f32(in->vector + tiled(vector_count(cols), least(n, F_TOKENS), t,
-                                     (size_t)(i / WIDTH)) * WIDTH, load_some(x + i, cols - i));
-    for (int i = 0, zero = type == Q8 ? Q8_ZERO : Q4_ZERO; i < cols && quantized; i += GROUP) {
-        size_t at = tiled(group_count(cols), Q_TOKENS, t, (size_t)(i / GROUP));
-        float group[GROUP] = {0};
-        memcpy(group, x + i, (size_t)least(GROUP, cols - i) * sizeof *x);
-        int sum = quantize_group(in->q + at * GROUP, &in->scale[at], group);
-        in->start[at] = ROUNDER_BITS - zero * sum;
+    size_t at = tiled(groups ? group_count(cols) : vector_count(cols), tile, t, 0);
+    for (int left = cols; left > 0; left -= groups ? GROUP : WIDTH, at += (size_t)tile) {
+        const float *from = x + cols - left;
+        f32v a = load_some(from, left), b = load_some(from + WIDTH, most(0, left - WIDTH));
+        if (groups) in->start[at] = ROUNDER_BITS - zero * quantize_group(in, at, a, b);
+        else store_f32(in->vector + at * WIDTH, a);
     }
 }
 
@@ -1018,9 +1016,7 @@ INLINE void q_unit(float *out, const Tensor *w, int unit, const Inputs *in, int 
         q_panels(out, w, panel, in, n, type, Q_PANELS);
     for (; Q_PANELS > 1 && panel < end; panel++) q_panels(out, w, panel, in, n, type, 1);
 }
-static int unit_rows(Type type, int n) {
-    return is_quantized(type) || n < F_TOKENS ? UNIT : MOST_ROWS;
-}
+static int unit_rows(Type t, int n) { return is_quantized(t) || n < F_TOKENS ? UNIT : MOST_ROWS; }
 
 // Float weights. Lane i of a sum takes columns i, i + 16, ..., so that a row is read as it lies.
 
@@ -1033,15 +1029,12 @@ INLINE f32v load_weights(Type type, const void *at, int n) {
 
 // What a thread has to multiply by float weights, as its tiles read it: columns of a unit's rows as
 // floats, and (n, MOST_ROWS) sums so far.
-typedef struct {
-    float w[MOST_ROWS / F_ROWS][COLUMNS / WIDTH][F_ROWS][WIDTH];
-    f32v *sums;
-} Scratch;
+typedef struct { float w[MOST_ROWS / F_ROWS][COLUMNS / WIDTH][F_ROWS][WIDTH]; f32v *sums; } Scratch;
 
 // A part of a product: columns c0 to c0 + cols of a unit. Sums begin at the first column and are
 // joined after the last. Few tokens take their weights FROM_FILE; of many the first F_TOKENS do so
 // too, KEEPING them as floats in the scratch, where the others find them KEPT.
-enum Source { FROM_FILE, KEEPING, KEPT };
+typedef enum { FROM_FILE, KEEPING, KEPT } Source;
 typedef struct {
     float *out;
     const float *x;       // of Inputs
@@ -1055,37 +1048,30 @@ typedef struct {
     int share;            // so many lines of them by each tile of F_TOKENS
 } Part;
 
-// Send for a tile's share of the weights that are wanted next (Zen 5, f32: 8 % faster).
-INLINE void send_for_weights(const Part *p, int r, int tile) {
-    const int lines = (int)row_bytes(p->tensor->type, COLUMNS) / LINE * F_ROWS;
-    const uint8_t *next = p->next + (size_t)r * p->stride;
-    for (int i = tile * p->share; i < least((tile + 1) * p->share, lines); i++)
-        __builtin_prefetch(next + (size_t)(i % F_ROWS) * p->stride + i / F_ROWS * LINE, 0, 2);
-}
-
-// F_ROWS rows from r on by T tokens from t0 on. Rows that are not there repeat the last. The sums
-// of the next tile are sent for, as all are more than the second cache holds (6 % faster); so are
-// weights in a file (bf16: 1 token 1.1 times, 2 tokens 1.9 times faster).
-INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int T,
-                       const enum Source from) {
+// F_ROWS rows from r on, of which the last there may repeat, by T tokens from t0 on. Sent for are a
+// share of the weights wanted next (Zen 5, f32: 8 % faster); the sums of the next tile, as all are
+// more than the second cache holds (6 %); by few tokens the weights AHEAD (bf16: 1 token 1.1 times,
+// 2 tokens 1.9 times faster).
+INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int T, Source from) {
     const int all = (int)vector_count(p->cols), whole = from == KEPT ? all : p->cols / WIDTH;
     const int tile = from == FROM_FILE ? p->n : F_TOKENS;
     const int H = T == 1 ? PARTS : 1;  // parts at once: as many sums as registers hold
     const size_t rows = (size_t)p->tensor->rows, row = vector_count(p->tensor->cols);
-    const size_t step = row_bytes(type, WIDTH);
+    const size_t step = row_bytes(type, WIDTH), stride = p->stride;
     const float *x = p->x + tiled(row, tile, t0, (size_t)(p->c0 / WIDTH)) * WIDTH;
     const uint8_t *w[F_ROWS];
     float (*kept)[F_ROWS][WIDTH] = p->scratch->w[r / F_ROWS];
     f32v sum[F_ROWS][F_TOKENS], *sums = p->scratch->sums + (size_t)t0 * MOST_ROWS + r * T;
-    if (T == F_TOKENS) send_for_weights(p, r, t0 / T);
+    for (int i = t0 / T * p->share; T == F_TOKENS && i < (t0 / T + 1) * p->share; i++)
+        __builtin_prefetch(p->next + (size_t)(r + i % F_ROWS) * stride + i / F_ROWS * LINE, 0, 2);
     UNROLL for (int k = 0; k < F_ROWS; k++) {
-        w[k] = p->w + (size_t)least(r + k, p->there - 1) * p->stride;
+        w[k] = p->w + (size_t)least(r + k, p->there - 1) * stride;
         UNROLL for (int t = 0; t < T; t++) sum[k][t] = p->c0 == 0 ? spread(0) : sums[k * T + t];
     }
     UNROLL_OUTER for (int h = 0; h < PARTS; h += H)
         for (int i = 0; i < whole; i++) {
             const size_t at = (size_t)i * step, left = (size_t)(whole - i) * step;
-            const size_t ahead = at + AHEAD + (left > AHEAD ? 0 : (F_ROWS - 1) * p->stride);
+            const size_t ahead = at + AHEAD + (left > AHEAD ? 0 : (F_ROWS - 1) * stride);
             f32v v[F_TOKENS];
             if (T == F_TOKENS) __builtin_prefetch(sums + F_ROWS * T + i, 1);
             UNROLL for (int t = 0; t < T; t++) v[t] = hold(load_f32(x + (i * tile + t) * WIDTH));
@@ -1117,46 +1103,46 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
     }
 }
 
-INLINE void float_tiles(const Part *p, int t, const Type type, const int T,
-                        const enum Source from) {
+INLINE void float_tiles(const Part *p, int t, const Type type, const int T, Source from) {
     for (int r = 0; r < p->there; r += F_ROWS) float_tile(p, r, t, type, T, from);
 }
-INLINE void few_tokens(const Part *p, int t, const Type type, const enum Source from) {
+INLINE void few_tokens(const Part *p, int t, const Type type, Source from) {
     for (; F_TOKENS > 2 && p->n - t >= 2; t += 2) float_tiles(p, t, type, 2, from);
     if (t < p->n) float_tiles(p, t, type, 1, from);
 }
 
-// All of few tokens, or the first of many.
-INLINE void tokens_from_file(const Part *p, const Type type) {
+// All of few tokens, or the first of many, and then the others.
+INLINE void from_file(const Part *p, const Type type) {
     if (p->n < F_TOKENS) few_tokens(p, 0, type, FROM_FILE);
     else float_tiles(p, 0, type, F_TOKENS, KEEPING);
 }
-ALONE void f32_from_file(const Part *p) { tokens_from_file(p, F32); }
-ALONE void bf16_from_file(const Part *p) { tokens_from_file(p, BF16); }
-ALONE void f16_from_file(const Part *p) { tokens_from_file(p, F16); }
-ALONE void multiply_kept(const Part *p) {
+static void f32_from_file(const Part *p) { from_file(p, F32); }
+static void bf16_from_file(const Part *p) { from_file(p, BF16); }
+static void f16_from_file(const Part *p) { from_file(p, F16); }
+static void from_scratch(const Part *p) {
     int t = F_TOKENS;
     for (; p->n - t >= F_TOKENS; t += F_TOKENS) float_tiles(p, t, F32, F_TOKENS, KEPT);
-    few_tokens(p, t, F32, KEPT);
+    if (p->n > t) few_tokens(p, t, F32, KEPT);
 }
+
+// In a table, as tiles inlined into what calls them keep sums in memory (gcc 12: 5 % slower).
+enum { OTHERS = F16 + 1 };
+static void (*const float_passes[])(const Part *p) = {
+    [F32] = f32_from_file, [BF16] = bf16_from_file, [F16] = f16_from_file, [OTHERS] = from_scratch};
 
 // Few tokens: rows are used where they lie. Many: a unit's rows are read once, COLUMNS at a time,
 // so that they and the tokens' share of x stay in the first two caches.
 static void float_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Scratch *s) {
-    const int lines = (int)row_bytes(w->type, COLUMNS) / LINE * F_ROWS;
     Part p = {.out = out, .x = in->vector, .scratch = s, .tensor = w, .n = n,
-              .first = unit * unit_rows(w->type, n), .stride = row_bytes(w->type, w->cols),
-              .share = lines / most(1, n / F_TOKENS) + 1};
+              .first = unit * unit_rows(w->type, n), .stride = row_bytes(w->type, w->cols)};
+    p.share = F_ROWS * (int)row_bytes(w->type, COLUMNS) / LINE / most(1, n / F_TOKENS) + 1;
     const uint8_t *file = w->data + (size_t)p.first * p.stride;
     p.there = least(unit_rows(w->type, n), w->rows - p.first);
     for (int left = w->cols; left > 0; left -= p.cols, p.c0 += p.cols) {
         p.cols = n < F_TOKENS ? left : least(COLUMNS, left);
         p.w = file + row_bytes(w->type, p.c0);
         p.next = left > p.cols ? p.w + row_bytes(w->type, p.cols) : file + MOST_ROWS * p.stride;
-        if (w->type == F32) f32_from_file(&p);
-        else if (w->type == BF16) bf16_from_file(&p);
-        else f16_from_file(&p);
-        if (n > F_TOKENS) multiply_kept(&p);
+        float_passes[w->type](&p), float_passes[OTHERS](&p);
     }
 }
 
@@ -1169,10 +1155,9 @@ static int zero_of(Type type) { return type == Q8 ? 128 : Q4_ZERO; }
 
 // One row as floats.
 static void unpack_row(float *out, const Tensor *w, int row) {
-    const uint8_t *floats = w->data + (size_t)row * row_bytes(w->type, w->cols);
-    for (int i = 0; !is_quantized(w->type) && i < w->cols; i += WIDTH)
-        store_some(out + i, load_weights(w->type, floats + row_bytes(w->type, i), w->cols - i),
-                   w->cols - i);
+    const uint8_t *at = w->data + (size_t)row * row_bytes(w->type, w->cols);
+    for (int i = 0, left = w->cols; !is_quantized(w->type) && left > 0; i += WIDTH, left -= WIDTH)
+        store_some(out + i, load_weights(w->type, at + row_bytes(w->type, i), left), left);
     if (!is_quantized(w->type)) return;
     const uint8_t *panel = w->data + (size_t)(row / PANEL) * panel_bytes(w->type, w->cols);
     const uint8_t *scales = panel + line_bytes(w->type, w->cols) + row % PANEL * 2;
@@ -1259,7 +1244,7 @@ static double pack_row(uint8_t *panel, Type type, int row, const float *x, int c
     uint8_t *scales = panel + line_bytes(type, cols) + row * 2;
     double error = 0;
     for (size_t groups = group_count(cols); groups--; x += GROUP, scales += PANEL * 2) {
-        float q[GROUP], better, rest, peak = group_peak(x);
+        float q[GROUP], better, rest, peak = group_peak(load_f32(x), load_f32(x + WIDTH));
         float scale = type == Q8 ? half_scale(peak / 127) : q4_scale(x, peak);
         uint16_t half = narrow_half(scale);
         error += round_group(q, x, type, scale, &better, &rest);

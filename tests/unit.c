@@ -456,13 +456,14 @@ static void part_of_a_vector_is_loaded_and_stored(void) {
 static void activations_become_whole_numbers_of_127ths(void) {
     float *x = random_numbers(GROUP * 50, 1), scale;
     int8_t q[GROUP];
+    Inputs in = {.q = q, .scale = &scale};
     for (int g = 0; g < 50; g++) {
         float *group = x + g * GROUP, peak = 0;
         for (int i = 0; i < GROUP; i++) {
             group[i] *= powf(10, (float)(g % 20 - 10));
             peak = fabsf(group[i]) > peak ? fabsf(group[i]) : peak;
         }
-        int sum = quantize_group(q, &scale, group), wanted = 0;
+        int sum = quantize_group(&in, 0, load_f32(group), load_f32(group + WIDTH)), wanted = 0;
         EXPECT_NEAR(scale, peak / 127, peak * 1e-7f);
         for (int i = 0; i < GROUP; i++) {
             wanted += q[i];
@@ -472,7 +473,7 @@ static void activations_become_whole_numbers_of_127ths(void) {
         EXPECT_INT(sum, wanted);
     }
     memset(x, 0, GROUP * sizeof *x);
-    EXPECT_INT(quantize_group(q, &scale, x), 0);
+    EXPECT_INT(quantize_group(&in, 0, load_f32(x), load_f32(x + WIDTH)), 0);
     EXPECT_NEAR(scale, 0, 0);
     free(x);
 }
