@@ -1082,10 +1082,10 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
                     UNROLL for (int j = h; j < h + H; j++)
                         sum[k][t].p[j] = fused(u.p[j], v[t].p[j], sum[k][t].p[j]);
             }
-            UNROLL for (int k = 0; from == FROM_FILE && k < F_ROWS; k++)
-                __builtin_prefetch(w[k] + ahead);
+            UNROLL for (int k = 0; k < F_ROWS; k++)
+                if (from == FROM_FILE) __builtin_prefetch(w[k] + ahead);
         }
-    UNROLL for (int k = 0; whole < all && k < F_ROWS; k++) {
+    if (whole < all) UNROLL for (int k = 0; k < F_ROWS; k++) {
         f32v u = load_weights(type, w[k] + (size_t)whole * step, p->cols % WIDTH);
         if (from == KEEPING) store_f32(kept[whole][k], u);
         UNROLL for (int t = 0; t < T; t++)
