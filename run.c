@@ -1048,7 +1048,7 @@ typedef struct {
     int share;            // so many lines of them by each tile of F_TOKENS
 } Part;
 
-// F_ROWS rows from r on, of which the last there may repeat, by T tokens from t0 on. Sent for are a
+// F_ROWS rows from r on (past the last, the last again) by T tokens from t0 on. Sent for are a
 // share of the weights wanted next (Zen 5, f32: 8 % faster); the sums of the next tile, as all are
 // more than the second cache holds (6 %); by few tokens the weights AHEAD (bf16: 1 token 1.1 times,
 // 2 tokens 1.9 times faster).
