@@ -573,13 +573,13 @@ static void free_inputs(Inputs *in) {
 static Scratch *new_scratch(int threads, int tokens) {
     Scratch *s = aligned_alloc(64, (size_t)threads * round_up(sizeof *s, 64));
     for (int i = 0; i < threads; i++)
-        s[i].sums = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof(f32v));
+        s[i].vectors = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof(f32v));
     return s;
 }
 
 static void free_scratch(Scratch *s, int threads) {
     for (int i = 0; i < threads; i++)
-        free(s[i].sums);
+        free(s[i].vectors);
     free(s);
 }
 
