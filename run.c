@@ -951,6 +951,7 @@ INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int
                    const f32v *less_rounder, const int P, const int T) {
     const int rows = w->rows, groups = (int)group_count(w->cols);
     const bool pairs = PAIRS && type == Q4;
+    const int chains = T == 1 && !pairs ? 2 : 1;  // of sums: a step need not wait for the last
     const size_t step = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
     const uint8_t *lines = w->data + (size_t)panel * step, *next = lines + (size_t)P * step;
@@ -965,28 +966,29 @@ INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int
         if (g == groups - AHEAD / (int)size) soon += (size_t)P * step - (size_t)groups * size;
         i32v whole[Q_PANELS][Q_TOKENS];
         if (T == Q_TOKENS) __builtin_prefetch(next + (size_t)(t0 / T * groups + g) * LINE, 0, 2);
-        UNROLL for (int t = 0; t < T; t++)
+        UNROLL for (int t = 0; t < T * chains; t++)
             UNROLL for (int p = 0; p < P; p++)
-                whole[p][t] = spread_int(pairs ? 0 : start[g * Q_TOKENS + t]);
+                whole[p][t] = spread_int(pairs || t >= T ? 0 : start[g * Q_TOKENS + t]);
         UNROLL for (int i = 0; i < 8; i++) {
             i32v line[Q_PANELS];
             UNROLL for (int p = 0; p < P; p++) {
                 line[p] = weights_of_line(type, lines + (size_t)p * step, i);
                 if (T == 1 && i * size % (8 * LINE) == 0)
-                    __builtin_prefetch(soon + (size_t)p * step + i * size / 8);
+                    __builtin_prefetch(soon + (size_t)p * step + i * size / 8, 0, 0);
             }
             UNROLL for (int t = 0; t < T; t++) {
                 const int8_t *four = q + (size_t)(g * Q_TOKENS + t) * GROUP + 4 * i;
                 i32v x = spread_int((int32_t)read_u32(four));
                 UNROLL for (int p = 0; p < P; p++)
-                    whole[p][t] = dot(whole[p][t], line[p], x, pairs);
+                    whole[p][t + i % chains] = dot(whole[p][t + i % chains], line[p], x, pairs);
             }
         }
         UNROLL for (int p = 0; p < P; p++) {
             const void *half = scales + (size_t)p * step;
             f32v s = load_f16(half);
             f32v less = T == Q_TOKENS ? less_rounder[g * P + p] : mul(s, spread(-ROUNDER));
-            if (T == 1) __builtin_prefetch((const char *)half + (size_t)P * step);
+            if (T == 1) __builtin_prefetch((const char *)half + (size_t)P * step, 0, 0);
+            if (chains == 2) EACH_PART whole[p][0].p[k] += whole[p][1].p[k];
             UNROLL for (int t = 0; t < T; t++) {
                 i32v begin = spread_int(start[g * Q_TOKENS + t]);
                 EACH_PART if (pairs) whole[p][t].p[k] = add_pairs(begin.p[k], whole[p][t].p[k]);
