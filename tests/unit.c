@@ -1087,7 +1087,7 @@ static float *fed_logits(const Model *m, const int *ids, int n, int batch, int t
         k = least(batch, n - at);
         for (int t = 0; t < k; t++)
             steps[t] = (Step){ids[at + t], 0, at + t};
-        forward(&s, steps, k);
+        forward(&s, steps, k, 0);
         memcpy(row(out, at, c->vocab_size), logits(&s, 0, k),
                (size_t)(k * c->vocab_size) * sizeof *out);
     }
@@ -1168,7 +1168,7 @@ static void sequences_in_two_slots_do_not_see_each_other(void) {
                 .logit_rows = 2};
     open_state(&s);
     for (int t = 0; t < TOKENS; t++) {
-        forward(&s, (Step[]){{ids[t], 0, t}, {ids[t + 1], 1, t}}, 2);
+        forward(&s, (Step[]){{ids[t], 0, t}, {ids[t + 1], 1, t}}, 2, 0);
         float *both = logits(&s, 0, 2);
         EXPECT_BITS(both, first + t * c.vocab_size, c.vocab_size);
         EXPECT_BITS(both + c.vocab_size, second + t * c.vocab_size, c.vocab_size);
