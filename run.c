@@ -10,7 +10,6 @@
  * Letters: n tokens at once, t one of them, l a layer, h a head. A comment such as (n, dim) is a
  * shape, the last extent lying together in memory. */
 #define _GNU_SOURCE
-#include <assert.h>
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -849,7 +848,7 @@ INLINE f32v exponential(f32v x) {
     return choose(too_low, spread(0), as_float(bits));
 }
 
-// A vector of which only the first n lanes are in memory; the others are 0.
+// A vector of which only the first n lanes, if any, are in memory; the others are 0.
 INLINE f32v load_some(const float *x, int n) {
     float all[WIDTH] = {0};
     if (n >= WIDTH) return load_f32(x);
@@ -859,7 +858,7 @@ INLINE f32v load_some(const float *x, int n) {
 INLINE void store_some(float *out, f32v v, int n) {
     float all[WIDTH];
     store_f32(n < WIDTH ? all : out, v);
-    if (n < WIDTH) memcpy(out, all, (size_t)n * sizeof *out);
+    if (n < WIDTH) memcpy(out, all, (size_t)most(0, n) * sizeof *out);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -876,10 +875,10 @@ INLINE void store_some(float *out, f32v v, int n) {
 //
 // q8 stores w/scale plus 128, q4 plus 8. Rows and columns that pad are zero, scales that pad are 0.
 
-// A matmul is cut into units of 32 rows, or of MOST_ROWS for float weights and many tokens, which
-// are then read half as often (Zen 5, bf16: 5 % with half the COLUMNS). Float tiles have F_ROWS and
-// COLUMNS made floats at once. AHEAD are the bytes that decoding sends for in front of where it is.
-enum { Q4_ZERO = 8, UNIT = 32, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512, AHEAD = 2560 };
+// A unit of a matmul is Q_PANELS panels, or FEW_ROWS of float weights, MOST_ROWS by many tokens
+// (Zen 5, bf16: 5 %), of which F_ROWS and COLUMNS are made floats at once. AHEAD are the bytes that
+// decoding sends for in front of where it is.
+enum { Q4_ZERO = 8, FEW_ROWS = 32, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512, AHEAD = 2560 };
 
 // What goes into a product: n rows of cols numbers, and the same as its tiles read them: for float
 // weights as vectors, the last padded with zeros; for quantized weights in groups of 32, each as
@@ -936,45 +935,45 @@ INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
     MAP(i32v, pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k]) : dot4(sum.p[k], w.p[k], x.p[k]));
 }
 
-// P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer sum). Lanes
-// are rows, so nothing is ever added across lanes.
+// A unit of P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer
+// sum). Lanes are rows, so nothing is ever added across lanes.
 //
 // A group's integer sum starts at ROUNDER_BITS less the zero point times the sum of its
 // activations. Read as a float the result is ROUNDER + sum, and s * (ROUNDER + sum) - s * ROUNDER,
 // fused, is the s * sum rounded once that a conversion and a product would give: 1 instruction for
-// 2 (6 % faster). Tiles of many tokens find -s * ROUNDER in less_rounder (groups, P): 2 % faster.
+// 2 (6 % faster). The first tile leaves s * -ROUNDER to the others in `kept`, (groups, P): 2 %.
 //
 // Many tokens: each tile sends for its share of the next panels (+5 % or more). One: each line for
 // the one AHEAD of it, in the next panels where these end, and each group for its scales there (q4:
 // 1.3 times faster). Then the loop must be short: what the core looks ahead at are instructions.
-INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int t0, Type type,
-                   const f32v *less_rounder, const int P, const int T) {
-    const int rows = w->rows, groups = (int)group_count(w->cols);
+INLINE void q_tile(float *out, const Tensor *w, int unit, const Inputs *in, int t0, Type type,
+                   f32v *kept, const int T) {
+    enum { P = Q_PANELS };
+    const int rows = w->rows, panel = unit * P, groups = (int)group_count(w->cols);
     const bool pairs = PAIRS && type == Q4;
     const int chains = T == 1 && !pairs ? 2 : 1;  // of sums: a step need not wait for the last
     const size_t step = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
-    const uint8_t *lines = w->data + (size_t)panel * step, *next = lines + (size_t)P * step;
-    const uint8_t *scales = lines + line_bytes(type, w->cols);
+    const uint8_t *lines = w->data + (size_t)panel * step, *next = lines + P * step;
+    const size_t apart = panel + P <= (int)panel_count(rows) ? step : 0;  // a first for a second
+    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + AHEAD;
     const int8_t *q = in->q + first * GROUP;
     const float *scale = in->scale + first;
     const int32_t *start = in->start + first;
-    const uint8_t *soon = lines + AHEAD;
-    f32v sum[Q_PANELS][Q_TOKENS];
+    f32v sum[P][Q_TOKENS];
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) sum[p][t] = spread(0);
     for (int g = 0; g < groups; g++, lines += size, soon += size, scales += PANEL * 2) {
-        if (g == groups - AHEAD / (int)size) soon += (size_t)P * step - (size_t)groups * size;
-        i32v whole[Q_PANELS][Q_TOKENS];
+        if (g == groups - AHEAD / (int)size) soon += P * step - (size_t)groups * size;
+        i32v whole[P][Q_TOKENS];
         if (T == Q_TOKENS) __builtin_prefetch(next + (size_t)(t0 / T * groups + g) * LINE, 0, 2);
-        UNROLL for (int t = 0; t < T * chains; t++)
-            UNROLL for (int p = 0; p < P; p++)
-                whole[p][t] = spread_int(pairs || t >= T ? 0 : start[g * Q_TOKENS + t]);
+        UNROLL for (int t = 0; t < T * chains; t++) UNROLL for (int p = 0; p < P; p++)
+            whole[p][t] = spread_int(pairs || t >= T ? 0 : start[g * Q_TOKENS + t]);
         UNROLL for (int i = 0; i < 8; i++) {
-            i32v line[Q_PANELS];
+            i32v line[P];
             UNROLL for (int p = 0; p < P; p++) {
-                line[p] = weights_of_line(type, lines + (size_t)p * step, i);
+                line[p] = weights_of_line(type, lines + (size_t)p * apart, i);
                 if (T == 1 && i * size % (8 * LINE) == 0)
-                    __builtin_prefetch(soon + (size_t)p * step + i * size / 8, 0, 0);
+                    __builtin_prefetch(soon + (size_t)p * apart + i * size / 8, 0, 0);
             }
             UNROLL for (int t = 0; t < T; t++) {
                 const int8_t *four = q + (size_t)(g * Q_TOKENS + t) * GROUP + 4 * i;
@@ -984,10 +983,11 @@ INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int
             }
         }
         UNROLL for (int p = 0; p < P; p++) {
-            const void *half = scales + (size_t)p * step;
-            f32v s = load_f16(half);
-            f32v less = T == Q_TOKENS ? less_rounder[g * P + p] : mul(s, spread(-ROUNDER));
-            if (T == 1) __builtin_prefetch((const char *)half + (size_t)P * step, 0, 0);
+            const void *half = scales + (size_t)p * apart;
+            f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
+            if (T == Q_TOKENS && t0 > 0) less = kept[g * P + p];
+            else if (T == Q_TOKENS) kept[g * P + p] = less;
+            if (T == 1) __builtin_prefetch((const char *)half + P * step, 0, 0);
             if (chains == 2) EACH_PART whole[p][0].p[k] += whole[p][1].p[k];
             UNROLL for (int t = 0; t < T; t++) {
                 i32v begin = spread_int(start[g * Q_TOKENS + t]);
@@ -997,36 +997,24 @@ INLINE void q_tile(float *out, const Tensor *w, int panel, const Inputs *in, int
             }
         }
     }
-    UNROLL for (int p = 0; p < P; p++)
-        UNROLL for (int t = 0; t < T; t++)
-            store_some(out + (size_t)(t0 + t) * (size_t)rows + (panel + p) * PANEL, sum[p][t],
-                       rows - (panel + p) * PANEL);
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++)
+        store_some(out + (size_t)(t0 + t) * (size_t)rows + (panel + p) * PANEL, sum[p][t],
+                   rows - (panel + p) * PANEL);
 }
 
-// All tokens against P panels, the widest tile first. No tile is compiled twice: the conditions on
+// All tokens against a unit, the widest tile first. No tile is compiled twice: the conditions on
 // what a machine has, here and below, halve the time of a build.
-INLINE void q_panels(float *out, const Tensor *w, int panel, const Inputs *in, int n, Type type,
-                     f32v *less, const int P) {
-    const size_t groups = group_count(w->cols), step = panel_bytes(type, w->cols);
-    const uint8_t *scales = w->data + (size_t)panel * step + line_bytes(type, w->cols);
-    int t = 0;
-    for (size_t i = 0; n >= Q_TOKENS && i < groups * (size_t)P; i++) {
-        const void *half = scales + i / (size_t)P * PANEL * 2 + i % (size_t)P * step;
-        less[i] = mul(load_f16(half), spread(-ROUNDER));
-    }
-    for (; n - t >= Q_TOKENS; t += Q_TOKENS) q_tile(out, w, panel, in, t, type, less, P, Q_TOKENS);
-    for (; Q_TOKENS > 4 && n - t >= 4; t += 4) q_tile(out, w, panel, in, t, type, less, P, 4);
-    for (; Q_TOKENS > 2 && n - t >= 2; t += 2) q_tile(out, w, panel, in, t, type, less, P, 2);
-    for (; t < n; t++) q_tile(out, w, panel, in, t, type, less, P, 1);
-}
 INLINE void q_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n, Type type,
-                   f32v *less) {
-    int panel = unit * (UNIT / PANEL), end = least(panel + UNIT / PANEL, (int)panel_count(w->rows));
-    for (; end - panel >= Q_PANELS; panel += Q_PANELS)
-        q_panels(out, w, panel, in, n, type, less, Q_PANELS);
-    for (; Q_PANELS > 1 && panel < end; panel++) q_panels(out, w, panel, in, n, type, less, 1);
+                   f32v *kept) {
+    int t = 0;
+    for (; n - t >= Q_TOKENS; t += Q_TOKENS) q_tile(out, w, unit, in, t, type, kept, Q_TOKENS);
+    for (; Q_TOKENS > 4 && n - t >= 4; t += 4) q_tile(out, w, unit, in, t, type, kept, 4);
+    for (; Q_TOKENS > 2 && n - t >= 2; t += 2) q_tile(out, w, unit, in, t, type, kept, 2);
+    for (; t < n; t++) q_tile(out, w, unit, in, t, type, kept, 1);
 }
-static int unit_rows(Type t, int n) { return is_quantized(t) || n < F_TOKENS ? UNIT : MOST_ROWS; }
+static int unit_rows(Type type, int n) {
+    return is_quantized(type) ? Q_PANELS * PANEL : n < F_TOKENS ? FEW_ROWS : MOST_ROWS;
+}
 
 // Float weights. Lane i of a sum takes columns i, i + 16, ..., so that a row is read as it lies.
 
@@ -1038,11 +1026,8 @@ INLINE f32v load_weights(Type type, const void *at, int n) {
 }
 
 // What a thread has to multiply by float weights, as its tiles read it: columns of a unit's rows as
-// floats, and (n, MOST_ROWS) sums so far. By quantized weights: the less_rounder of q_tile.
-typedef struct {
-    float w[MOST_ROWS / F_ROWS][COLUMNS / WIDTH][F_ROWS][WIDTH];
-    f32v *vectors;
-} Scratch;
+// floats, and (n, MOST_ROWS) sums so far. By quantized weights: what tiles have `kept`.
+typedef struct { float w[MOST_ROWS / F_ROWS][COLUMNS / WIDTH][F_ROWS][WIDTH]; f32v *more; } Scratch;
 
 // A part of a product: columns c0 to c0 + cols of a unit. Sums begin at the first column and are
 // joined after the last. Few tokens take their weights FROM_FILE; of many the first F_TOKENS do so
@@ -1074,7 +1059,7 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
     const float *x = p->x + tiled(row, tile, t0, (size_t)(p->c0 / WIDTH)) * WIDTH;
     const uint8_t *w[F_ROWS];
     float (*kept)[F_ROWS][WIDTH] = p->scratch->w[r / F_ROWS];
-    f32v sum[F_ROWS][F_TOKENS], *sums = p->scratch->vectors + (size_t)t0 * MOST_ROWS + r * T;
+    f32v sum[F_ROWS][F_TOKENS], *sums = p->scratch->more + (size_t)t0 * MOST_ROWS + r * T;
     for (int i = t0 / T * p->share; T == F_TOKENS && i < (t0 / T + 1) * p->share; i++)
         __builtin_prefetch(p->next + (size_t)(r + i % F_ROWS) * stride + i / F_ROWS * LINE, 0, 2);
     UNROLL for (int k = 0; k < F_ROWS; k++) {
@@ -1091,9 +1076,8 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
             UNROLL for (int k = 0; k < F_ROWS; k++) {
                 f32v u = from == KEPT ? load_f32(kept[i][k]) : load_weights(type, w[k] + at, WIDTH);
                 if (from == KEEPING && h == 0) store_f32(kept[i][k], u);
-                UNROLL for (int t = 0; t < T; t++)
-                    UNROLL for (int j = h; j < h + H; j++)
-                        sum[k][t].p[j] = fused(u.p[j], v[t].p[j], sum[k][t].p[j]);
+                UNROLL for (int t = 0; t < T; t++) UNROLL for (int j = h; j < h + H; j++)
+                    sum[k][t].p[j] = fused(u.p[j], v[t].p[j], sum[k][t].p[j]);
             }
             UNROLL for (int k = 0; k < F_ROWS; k++)
                 if (from == FROM_FILE) __builtin_prefetch(w[k] + ahead);
@@ -1183,14 +1167,6 @@ static void unpack_row(float *out, const Tensor *w, int row) {
     }
 }
 
-// Rows of one unit of out(n, rows) = in(n, cols) w(rows, cols)^T.
-static void multiply_unit(float *out, const Tensor *w, int unit, const Inputs *in, int n,
-                          Scratch *s) {
-    if (!is_quantized(w->type)) float_unit(out, w, unit, in, n, s);
-    else if (w->type == Q8) q_unit(out, w, unit, in, n, Q8, s->vectors);
-    else q_unit(out, w, unit, in, n, Q4, s->vectors);
-}
-
 // out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products of the same
 // inputs are done as one job, for fewer meetings of the threads.
 typedef struct { float *out; const Tensor *w; } Product;
@@ -1202,7 +1178,10 @@ static void matmul_units(void *job, int thread, int first, int end) {
     int before = 0;
     for (int i = first; i < end; i++) {
         while (i - before >= unit_count(p->w, m->n)) before += unit_count(p++->w, m->n);
-        multiply_unit(p->out, p->w, i - before, m->in, m->n, &m->scratch[thread]);
+        Scratch *s = &m->scratch[thread];
+        if (p->w->type == Q8) q_unit(p->out, p->w, i - before, m->in, m->n, Q8, s->more);
+        else if (p->w->type == Q4) q_unit(p->out, p->w, i - before, m->in, m->n, Q4, s->more);
+        else float_unit(p->out, p->w, i - before, m->in, m->n, s);
     }
 }
 static void matmul(Pool *pool, Matmul *m) {
@@ -1491,7 +1470,7 @@ static void lay_out(State *s, Arena *a) {
     s->cache.blocks = deal(a, heads * (size_t)context * 2, (size_t)pad * (quantized ? 2 : 4));
     s->scratch = DEAL(a, Scratch, threads);
     f32v *room = DEAL(a, f32v, threads * scratch);
-    for (size_t i = 0; a->at && i < threads; i++) s->scratch[i].vectors = room + i * scratch;
+    for (size_t i = 0; a->at && i < threads; i++) s->scratch[i].more = room + i * scratch;
 }
 
 // Bytes that a state of this size may come to touch.
@@ -1682,31 +1661,18 @@ static void multiply(const State *s, Matmul m) {
     matmul(s->pool, &m);
 }
 
-// A view of n rows, of which row `first` is the first.
-static State rows_of(const State *s, int first, int n) {
+// A view of rows first to end.
+static State rows_of(const State *s, int first, int end) {
     const Config *c = &s->model->config;
     State view = *s;
     view.x = row(s->x, first, c->dim), view.branch = row(s->branch, first, c->dim);
-    view.q = row(s->q, first, q_dim(c)), view.steps = s->steps + first, view.n = n;
+    view.q = row(s->q, first, q_dim(c)), view.steps = s->steps + first, view.n = end - first;
     return view;
 }
 
-// What is left of a layer when queries, keys and values are in their places.
-static void finish_layer(State *s) {
-    const Tensor *w = s->model->layers[s->l];
-    attend(s);
-    multiply(s, (Matmul){{{s->branch, &w[WO]}}, .count = 1});
-    normalize(s, &w[FFN_NORM]);
-    multiply(s, (Matmul){{{s->h1, &w[W1]}, {s->h2, &w[W3]}}, .count = 2});
-    each_row(s, swiglu_row);
-    multiply(s, (Matmul){{{s->branch, &w[W2]}}, .count = 1});
-}
-
-// n <= batch steps go through the layers into the cache; x + branch are the hidden states of those
-// from `first` on then. Of those before the last layer makes only keys and values (1.1B: prompts 4 %
-// faster).
+// n <= batch steps go through the layers into the cache; x + branch are then the hidden states of
+// those from `first` on. The last layer makes only keys and values of the others (1.1B: 4 %).
 static void forward(State *s, const Step *steps, int n, int first) {
-    assert(n >= 1 && n <= s->batch);
     s->steps = steps, s->n = n;
     each_row(s, enter_row);
     for (s->l = 0; s->l < s->model->config.n_layers; s->l++) {
@@ -1714,16 +1680,20 @@ static void forward(State *s, const Step *steps, int n, int first) {
         normalize(s, &w[ATTENTION_NORM]);
         multiply(s, (Matmul){{{s->q, &w[WQ]}, {s->k, &w[WK]}, {s->v, &w[WV]}}, .count = 3});
         each_row(s, place_row);
-        int from = s->l + 1 < s->model->config.n_layers ? 0 : first;
-        State rows = rows_of(s, from, n - from);
-        if (from < n) finish_layer(&rows);
+        if (s->l + 1 == s->model->config.n_layers && first == n) break;
+        State rows = rows_of(s, s->l + 1 < s->model->config.n_layers ? 0 : first, n);
+        attend(&rows);
+        multiply(&rows, (Matmul){{{rows.branch, &w[WO]}}, .count = 1});
+        normalize(&rows, &w[FFN_NORM]);
+        multiply(&rows, (Matmul){{{s->h1, &w[W1]}, {s->h2, &w[W3]}}, .count = 2});
+        each_row(&rows, swiglu_row);
+        multiply(&rows, (Matmul){{{rows.branch, &w[W2]}}, .count = 1});
     }
 }
 
 // (n, vocab) scores of the tokens that may follow steps first to first + n of the last forward().
 static float *logits(const State *s, int first, int n) {
-    State rows = rows_of(s, first, n);
-    assert(n >= 1 && n <= s->logit_rows);
+    State rows = rows_of(s, first, first + n);
     normalize(&rows, &s->model->layers[0][FINAL_NORM]);
     multiply(&rows, (Matmul){{{s->logits, &s->model->layers[0][CLASSIFIER]}}, .count = 1});
     return s->logits;
@@ -2714,17 +2684,17 @@ static void run_tokens(Session *s) {
     Text *text = given_text(s);
     for (size_t i = text->bos; i < text->ids.n; i++) print(&s->out, "%d\n", text->ids.at[i]);
 }
-// Bytes that a token reads, its products, and those left out if its logits are not asked for.
-typedef struct { double parameters, bytes, products, last; } Cost;
+// Bytes that a token reads, and its products if nobody asks for its logits.
+typedef struct { double parameters, bytes, products; } Cost;
 static Cost cost_of(const Config *c) {
-    Cost cost = {0};
+    Cost cost = {0, 0, 0};
     for (SlotId i = 0; i < SLOTS; i++) {
         Tensor w = blank_tensor(c, i);
         double count = tensors_of(c, i), size = count * w.rows * w.cols;
         cost.parameters += size;
         cost.bytes += i == EMBEDDING && !(c->flags & TIED) ? 0 : count * (double)tensor_bytes(&w);
-        cost.products += i >= ATTENTION_NORM && i <= W2 && slots[i].rows != ONE ? size : 0;
-        cost.last += i >= WO && i <= W2 && slots[i].rows != ONE ? size / c->n_layers : 0;
+        if (i < ATTENTION_NORM || i > W2 || slots[i].rows == ONE) continue;
+        cost.products += i < WO ? size : size - size / c->n_layers;
     }
     return cost;
 }
@@ -2858,8 +2828,7 @@ static int rising(const void *a, const void *b) {
 static void print_median(Session *s, const char *name, const char *end, const double *of) {
     double sorted[TRIALS];
     qsort(memcpy(sorted, of, sizeof sorted), TRIALS, sizeof *of, rising);
-    double value = sorted[TRIALS / 2];
-    print(&s->out, "%s%s %.*f", name, end, value < 100 ? 2 : 0, value);
+    print(&s->out, "%s%s %.*f", name, end, sorted[TRIALS / 2] < 100 ? 2 : 0, sorted[TRIALS / 2]);
 }
 
 // The machine's ceilings, speeds and their share of them: one `name value unit` a line. All are
@@ -2877,8 +2846,7 @@ static void run_bench(Session *s) {
         {"multiply-add", "GFLOP/s", MULTIPLY, items, .worth = sums},
         {"dot-product", "GOP/s", DOT, items, .worth = sums * 4},
         {"prompt", "tokens/s", STEPS, prompt, 0, prompt,
-         is_quantized(s->model.config.type) ? DOTS : SUMS, 1,
-         .cost = 2e-9 * (cost.products - cost.last * (1 - 1.0 / prompt))},
+         is_quantized(s->model.config.type) ? DOTS : SUMS, 1, .cost = 2e-9 * cost.products},
         {"read", "GB/s", READ, n, .worth = bytes, .at = s->model.file.at},
         {"decode", "tokens/s", STEPS, least(64, context), 0, 1, READS, 1,
          .cost = 1e-9 * cost.bytes},
@@ -3013,8 +2981,7 @@ int main(int argc, char **argv) {
     if (mode == end) misuse("unknown mode '%s'", o.mode);
     signal(SIGBUS, on_bus_error);
     signal(SIGXFSZ, SIG_IGN);  // a file too large is an error of its write
-    s.options = &o;
-    s.seed = (uint64_t)(o.seed < 0 ? (double)time(NULL) : o.seed);
+    s.options = &o, s.seed = (uint64_t)(o.seed < 0 ? (double)time(NULL) : o.seed);
     s.model = open_model(o.model);
     int worth = (int)(s.model.file.size >> 21);  // threads: 2 MB of weights bring what one costs
     start_pool(&s.pool, o.threads ? (int)o.threads : most(1, least(usable_cores(), worth)));

@@ -573,13 +573,13 @@ static void free_inputs(Inputs *in) {
 static Scratch *new_scratch(int threads, int tokens) {
     Scratch *s = aligned_alloc(64, (size_t)threads * round_up(sizeof *s, 64));
     for (int i = 0; i < threads; i++)
-        s[i].vectors = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof(f32v));
+        s[i].more = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof(f32v));
     return s;
 }
 
 static void free_scratch(Scratch *s, int threads) {
     for (int i = 0; i < threads; i++)
-        free(s[i].vectors);
+        free(s[i].more);
     free(s);
 }
 
@@ -1154,6 +1154,34 @@ static void forward_in_batches_equals_one_by_one(void) {
     }
 }
 
+static void steps_whose_logits_nobody_wants_leave_the_others_the_same(void) {
+    enum { TOKENS = 60, BATCH = 20 };
+    for (Type type = F32; type < TYPES; type++)
+        for (int wanted = 1; wanted <= 3; wanted++) {  // of the last batch; none of those before
+            Config c = small_config(type);
+            Model m = new_model(c, 5);
+            Pool p;
+            int *ids = random_ids(TOKENS, c.vocab_size), first = BATCH - wanted;
+            float *one = fed_logits(&m, ids, TOKENS, 1, 1);
+            Step steps[TOKENS];
+            start_pool(&p, 2);
+            State s = {.model = &m, .pool = &p, .context = TOKENS, .slots = 1, .batch = BATCH,
+                       .logit_rows = wanted};
+            open_state(&s);
+            for (int t = 0; t < TOKENS; t++) steps[t] = (Step){ids[t], 0, t};
+            forward(&s, steps, BATCH, BATCH);
+            forward(&s, steps + BATCH, BATCH, BATCH);
+            forward(&s, steps + 2 * BATCH, BATCH, first);
+            EXPECT_BITS(logits(&s, first, wanted), one + (TOKENS - wanted) * c.vocab_size,
+                        wanted * c.vocab_size);
+            close_state(&s);
+            stop_pool(&p);
+            free(one);
+            free(ids);
+            free_model(&m);
+        }
+}
+
 static void sequences_in_two_slots_do_not_see_each_other(void) {
     enum { TOKENS = 12 };
     Config c = small_config(F32);
@@ -1665,6 +1693,7 @@ static const Test tests[] = {
     TEST(a_norm_leaves_a_mean_square_of_one),
     TEST(logits_are_those_of_the_definition_with_every_option),
     TEST(forward_in_batches_equals_one_by_one),
+    TEST(steps_whose_logits_nobody_wants_leave_the_others_the_same),
     TEST(sequences_in_two_slots_do_not_see_each_other),
     TEST(joining_is_the_best_pair_first_of_equals_the_leftmost),
     TEST(any_bytes_go_round_unchanged),
