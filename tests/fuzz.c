@@ -129,8 +129,9 @@ static void run_some(const Model *m) {
         n = least(n, context - at);
         for (int t = 0; t < n; t++)
             steps[t] = (Step){(at + t) * 31 % c->vocab_size, 0, at + t};
-        forward(&s, steps, n);
-        float *scores = logits(&s, 0, n);
+        int first = at / n % n;
+        forward(&s, steps, n, first);
+        float *scores = logits(&s, first, n - first);
         Taste taste = {at ? 1 : 0, 0.9f, 0.01f, 1.1f, at % 7};
         int id = pick(scores, c->vocab_size, &taste, &random, candidates, &(Tokens){&steps[0].id, 1, 1});
         PROMISE(id >= 0 && id < c->vocab_size);
