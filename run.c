@@ -952,10 +952,10 @@ INLINE void q_tile(float *out, const Tensor *w, int unit, const Inputs *in, int 
     const int rows = w->rows, panel = unit * P, groups = (int)group_count(w->cols);
     const bool pairs = PAIRS && type == Q4;
     const int chains = T == 1 && !pairs ? 2 : 1;  // of sums: a step need not wait for the last
-    const size_t step = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
+    const size_t bytes = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
+    const size_t step = panel + P <= (int)panel_count(rows) ? bytes : 0;  // a first for a second
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
-    const uint8_t *lines = w->data + (size_t)panel * step, *next = lines + P * step;
-    const size_t apart = panel + P <= (int)panel_count(rows) ? step : 0;  // a first for a second
+    const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + P * step;
     const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + AHEAD;
     const int8_t *q = in->q + first * GROUP;
     const float *scale = in->scale + first;
@@ -971,9 +971,9 @@ INLINE void q_tile(float *out, const Tensor *w, int unit, const Inputs *in, int 
         UNROLL for (int i = 0; i < 8; i++) {
             i32v line[P];
             UNROLL for (int p = 0; p < P; p++) {
-                line[p] = weights_of_line(type, lines + (size_t)p * apart, i);
+                line[p] = weights_of_line(type, lines + (size_t)p * step, i);
                 if (T == 1 && i * size % (8 * LINE) == 0)
-                    __builtin_prefetch(soon + (size_t)p * apart + i * size / 8, 0, 0);
+                    __builtin_prefetch(soon + (size_t)p * step + i * size / 8, 0, 0);
             }
             UNROLL for (int t = 0; t < T; t++) {
                 const int8_t *four = q + (size_t)(g * Q_TOKENS + t) * GROUP + 4 * i;
@@ -983,7 +983,7 @@ INLINE void q_tile(float *out, const Tensor *w, int unit, const Inputs *in, int 
             }
         }
         UNROLL for (int p = 0; p < P; p++) {
-            const void *half = scales + (size_t)p * apart;
+            const void *half = scales + (size_t)p * step;
             f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
             if (T == Q_TOKENS && t0 > 0) less = kept[g * P + p];
             else if (T == Q_TOKENS) kept[g * P + p] = less;
