@@ -10,6 +10,7 @@
  * Letters: n tokens at once, t one of them, l a layer, h a head. A comment such as (n, dim) is a
  * shape, the last extent lying together in memory. */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -582,9 +583,15 @@ static int usable_cores(void) { return most(1, (int)sysconf(_SC_NPROCESSORS_ONLN
 
 #if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VNNI__
 #define STEPS_AVX512
+#define X86(step) _mm512_##step
+typedef __m512i Ints;
+typedef __m256i Halves;
 enum { LANES = 16, Q_PANELS = 2, Q_TOKENS = 8, F_TOKENS = 6 };  // the tiles that registers hold
 #elif defined __AVX2__ && defined __FMA__ && defined __F16C__
 #define STEPS_AVX2
+#define X86(step) _mm256_##step
+typedef __m256i Ints;
+typedef __m128i Halves;
 enum { LANES = 8, Q_PANELS = 1, Q_TOKENS = 6, F_TOKENS = 3 };
 #elif defined __aarch64__
 #define STEPS_NEON
@@ -624,13 +631,6 @@ INLINE f32v choose(i32v mask, f32v a, f32v b) {
     MAP(f32v, (FloatPart)(((IntPart)a.p[k] & mask.p[k]) | ((IntPart)b.p[k] & ~mask.p[k])));
 }
 
-// Keeps a vector in its registers: gcc 12 otherwise reads it from memory for each product, and
-// loads are the limit (float tiles in the cache, AVX-512: 71 % of the ceiling, so 85).
-#if defined __x86_64__
-INLINE f32v hold(f32v v) { EACH_PART __asm__("" : "+v"(v.p[k])); return v; }
-#else
-INLINE f32v hold(f32v v) { return v; }
-#endif
 INLINE i32v load_line(const void *line) { MAP(i32v, ((const LooseInts *)line)[k]); }
 INLINE f32v load_f32(const float *x) { return as_float(load_line(x)); }
 INLINE void store_f32(float *x, f32v v) { EACH_PART ((LooseInts *)x)[k] = (IntPart)v.p[k]; }
@@ -661,26 +661,21 @@ static uint16_t narrow_half(float x) {
     return (uint16_t)(sign | half);
 }
 
-// The steps that differ between instruction sets, a register at a time:
+// The steps that differ between instruction sets, most a register at a time:
+//   hold         keeps a vector in its registers: gcc 12 otherwise reads it from memory for each
+//                product, and loads are the limit (AVX-512 float tiles: 71 % of the ceiling, so 85)
+//   greater_of   likewise lesser_of; a if one is not a number. gcc 12 does not see in choose what
+//                the machine has an instruction for (prompts 2 to 3 % slower)
 //   fused        a * b + c, rounded once; wide_f16, narrow_f16 as widen_half, narrow_half
-//   greater_of, lesser_of  a if either is not a number
 //   dot4         to each 32-bit lane of sum, the product of its 4 weights w (one line of a panel)
 //                and the 4 activations x: 16 rows at once. Weights of q8 are stored plus 128; they
 //                enter plus Q8_ZERO, which the caller takes off
 //   dot_pairs    where the step to 32 bits is dear, a group of q4 is summed in pairs of 16 bits
 //                first, and add_pairs ends it (AVX2: 1.6 times faster)
-#if defined STEPS_AVX512 || defined STEPS_AVX2
-#if defined STEPS_AVX512
-#define X86(step) _mm512_##step
-typedef __m512i Ints;
-typedef __m256i Halves;
-#else
-#define X86(step) _mm256_##step
-typedef __m256i Ints;
-typedef __m128i Halves;
-#endif
+#if defined X86
 INLINE Halves load_halves(const uint16_t *x) { Halves h; memcpy(&h, x, sizeof h); return h; }
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) { return X86(fmadd_ps)(a, b, c); }
+INLINE f32v hold(f32v v) { EACH_PART __asm__("" : "+v"(v.p[k])); return v; }
 INLINE f32v greater_of(f32v a, f32v b) { MAP(f32v, X86(max_ps)(b.p[k], a.p[k])); }
 INLINE f32v lesser_of(f32v a, f32v b) { MAP(f32v, X86(min_ps)(b.p[k], a.p[k])); }
 INLINE FloatPart wide_f16(const uint16_t *x) { return X86(cvtph_ps)(load_halves(x)); }
@@ -711,7 +706,8 @@ INLINE FloatPart wide_f16(const uint16_t *x) {
 }
 INLINE void narrow_f16(uint16_t *out, FloatPart x) { EACH_LANE out[i] = narrow_half(x[i]); }
 #endif
-#if !defined X86  // gcc 12 would not use these instructions for choices: prompts 2 to 3 % slower
+#if !defined X86
+INLINE f32v hold(f32v v) { return v; }
 INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
 INLINE f32v lesser_of(f32v a, f32v b) { return choose(less(b, a), b, a); }
 #endif
@@ -848,7 +844,7 @@ INLINE f32v exponential(f32v x) {
     return choose(too_low, spread(0), as_float(bits));
 }
 
-// A vector of which only the first n lanes, if any, are in memory; the others are 0.
+// A vector of which only the first n lanes are in memory; the others are 0.
 INLINE f32v load_some(const float *x, int n) {
     float all[WIDTH] = {0};
     if (n >= WIDTH) return load_f32(x);
@@ -858,7 +854,7 @@ INLINE f32v load_some(const float *x, int n) {
 INLINE void store_some(float *out, f32v v, int n) {
     float all[WIDTH];
     store_f32(n < WIDTH ? all : out, v);
-    if (n < WIDTH) memcpy(out, all, (size_t)most(0, n) * sizeof *out);
+    if (n < WIDTH) memcpy(out, all, (size_t)n * sizeof *out);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -875,10 +871,11 @@ INLINE void store_some(float *out, f32v v, int n) {
 //
 // q8 stores w/scale plus 128, q4 plus 8. Rows and columns that pad are zero, scales that pad are 0.
 
-// A unit of a matmul is Q_PANELS panels, or FEW_ROWS of float weights, MOST_ROWS by many tokens
-// (Zen 5, bf16: 5 %), of which F_ROWS and COLUMNS are made floats at once. AHEAD are the bytes that
-// decoding sends for in front of where it is.
-enum { Q4_ZERO = 8, FEW_ROWS = 32, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512, AHEAD = 2560 };
+// A matmul is cut into units of UNIT rows, or of MOST_ROWS for float weights and many tokens, which
+// are then read half as often (Zen 5, bf16: 5 % with half the COLUMNS). Float tiles have F_ROWS and
+// COLUMNS made floats at once. AHEAD are the bytes that decoding sends for in front of where it is.
+enum { Q4_ZERO = 8, AHEAD = 2560, UNIT = Q_PANELS * PANEL };
+enum { MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512 };
 
 // What goes into a product: n rows of cols numbers, and the same as its tiles read them: for float
 // weights as vectors, the last padded with zeros; for quantized weights in groups of 32, each as
@@ -945,7 +942,7 @@ INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
 //
 // Many tokens: each tile sends for its share of the next panels (5 %). One: each line for the one
 // AHEAD of it, in the next panels where these end, each group for its scales there (q4: 1.3 times
-// faster; past the second cache Zen 5 gains 2 %, a Xeon is 3 times slower), and in few instructions.
+// faster), in few instructions. Not by prefetchnta, which makes a Xeon decode 3 times slower.
 INLINE void q_tile(float *out, const Tensor *w, int unit, const Inputs *in, int t0, Type type,
                    f32v *kept, const int T) {
     enum { P = Q_PANELS };
@@ -953,7 +950,7 @@ INLINE void q_tile(float *out, const Tensor *w, int unit, const Inputs *in, int 
     const bool pairs = PAIRS && type == Q4;
     const int chains = T == 1 && !pairs ? 2 : 1;  // of sums: a step need not wait for the last
     const size_t bytes = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
-    const size_t step = panel + P <= (int)panel_count(rows) ? bytes : 0;  // a first for a second
+    const size_t step = panel + P <= (int)panel_count(rows) ? bytes : 0;  // 0: read the last twice
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
     const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + P * step;
     const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + AHEAD;
@@ -999,7 +996,7 @@ INLINE void q_tile(float *out, const Tensor *w, int unit, const Inputs *in, int 
     }
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++)
         store_some(out + (size_t)(t0 + t) * (size_t)rows + (panel + p) * PANEL, sum[p][t],
-                   rows - (panel + p) * PANEL);
+                   most(0, rows - (panel + p) * PANEL));
 }
 
 // All tokens against a unit, the widest tile first. No tile is compiled twice: the conditions on
@@ -1012,9 +1009,7 @@ INLINE void q_unit(float *out, const Tensor *w, int unit, const Inputs *in, int 
     for (; Q_TOKENS > 2 && n - t >= 2; t += 2) q_tile(out, w, unit, in, t, type, kept, 2);
     for (; t < n; t++) q_tile(out, w, unit, in, t, type, kept, 1);
 }
-static int unit_rows(Type type, int n) {
-    return is_quantized(type) ? Q_PANELS * PANEL : n < F_TOKENS ? FEW_ROWS : MOST_ROWS;
-}
+static int unit_rows(Type t, int n) { return is_quantized(t) || n < F_TOKENS ? UNIT : MOST_ROWS; }
 
 // Float weights. Lane i of a sum takes columns i, i + 16, ..., so that a row is read as it lies.
 
@@ -1026,8 +1021,8 @@ INLINE f32v load_weights(Type type, const void *at, int n) {
 }
 
 // What a thread has to multiply by float weights, as its tiles read it: columns of a unit's rows as
-// floats, and (n, MOST_ROWS) sums so far. By quantized weights: what tiles have `kept`.
-typedef struct { float w[MOST_ROWS / F_ROWS][COLUMNS / WIDTH][F_ROWS][WIDTH]; f32v *more; } Scratch;
+// floats, and (n, MOST_ROWS) sums so far.
+typedef struct { float w[MOST_ROWS / F_ROWS][COLUMNS / WIDTH][F_ROWS][WIDTH]; f32v *sums; } Scratch;
 
 // A part of a product: columns c0 to c0 + cols of a unit. Sums begin at the first column and are
 // joined after the last. Few tokens take their weights FROM_FILE; of many the first F_TOKENS do so
@@ -1059,7 +1054,7 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
     const float *x = p->x + tiled(row, tile, t0, (size_t)(p->c0 / WIDTH)) * WIDTH;
     const uint8_t *w[F_ROWS];
     float (*kept)[F_ROWS][WIDTH] = p->scratch->w[r / F_ROWS];
-    f32v sum[F_ROWS][F_TOKENS], *sums = p->scratch->more + (size_t)t0 * MOST_ROWS + r * T;
+    f32v sum[F_ROWS][F_TOKENS], *sums = p->scratch->sums + (size_t)t0 * MOST_ROWS + r * T;
     for (int i = t0 / T * p->share; T == F_TOKENS && i < (t0 / T + 1) * p->share; i++)
         __builtin_prefetch(p->next + (size_t)(r + i % F_ROWS) * stride + i / F_ROWS * LINE, 0, 2);
     UNROLL for (int k = 0; k < F_ROWS; k++) {
@@ -1170,18 +1165,18 @@ static void unpack_row(float *out, const Tensor *w, int row) {
 // out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products of the same
 // inputs are done as one job, for fewer meetings of the threads.
 typedef struct { float *out; const Tensor *w; } Product;
-typedef struct { Product product[3]; int count, n; const Inputs *in; Scratch *scratch; } Matmul;
+typedef struct { Product product[3]; int count, n; const Inputs *in; Scratch *scratch; f32v *kept; }
+Matmul;
 static int unit_count(const Tensor *w, int n) { return (w->rows - 1) / unit_rows(w->type, n) + 1; }
 static void matmul_units(void *job, int thread, int first, int end) {
     const Matmul *m = job;
     const Product *p = m->product;
-    int before = 0;
-    for (int i = first; i < end; i++) {
+    for (int i = first, before = 0; i < end; i++) {
         while (i - before >= unit_count(p->w, m->n)) before += unit_count(p++->w, m->n);
-        Scratch *s = &m->scratch[thread];
-        if (p->w->type == Q8) q_unit(p->out, p->w, i - before, m->in, m->n, Q8, s->more);
-        else if (p->w->type == Q4) q_unit(p->out, p->w, i - before, m->in, m->n, Q4, s->more);
-        else float_unit(p->out, p->w, i - before, m->in, m->n, s);
+        size_t k = (size_t)thread * group_count(p->w->cols) * Q_PANELS;
+        if (p->w->type == Q8) q_unit(p->out, p->w, i - before, m->in, m->n, Q8, m->kept + k);
+        else if (p->w->type == Q4) q_unit(p->out, p->w, i - before, m->in, m->n, Q4, m->kept + k);
+        else float_unit(p->out, p->w, i - before, m->in, m->n, &m->scratch[thread]);
     }
 }
 static void matmul(Pool *pool, Matmul *m) {
@@ -1430,7 +1425,8 @@ typedef struct State {
     float *logits;          // (logit_rows, vocab)
     float *answers;         // (records, heads, MIX + head_pad)  empty but inside attend
     float *rooms;           // (threads, A_QUERIES + 2 BLOCK, MIX + head_pad)  of look and block_of
-    Scratch *scratch;       // (threads)
+    Scratch *scratch;       // (threads)  of float weights
+    f32v *kept;             // (threads, groups, Q_PANELS)  of quantized ones, see q_tile
     Cache cache;            // (slots, layers, kv_heads)
     Arena arena;
     const Step *steps;      // (n)  what goes through
@@ -1451,8 +1447,7 @@ static void lay_out(State *s, Arena *a) {
     size_t batch = (size_t)s->batch, wide = batch * (size_t)widest(c), answer = (size_t)(MIX + pad);
     size_t groups = quantized ? round_up(batch, Q_TOKENS) * group_count(widest(c)) : 0;
     size_t vectors = quantized ? 0 : round_up(batch, F_TOKENS) * vector_count(widest(c));
-    size_t threads = (size_t)s->pool->threads;
-    size_t scratch = quantized ? group_count(widest(c)) * Q_PANELS : batch * MOST_ROWS;
+    size_t threads = (size_t)s->pool->threads, scratches = quantized ? 0 : threads;
     size_t heads = (size_t)s->slots * (size_t)c->n_layers * (size_t)c->n_kv_heads;
     s->x = DEAL(a, float, batch * (size_t)c->dim);
     s->v = s->branch = DEAL(a, float, batch * (size_t)most(c->dim, kv_dim(c)));
@@ -1468,9 +1463,11 @@ static void lay_out(State *s, Arena *a) {
     s->cache = (Cache){context, c->head_dim, pad, least(c->window ? c->window : context, context),
                        quantized, NULL};
     s->cache.blocks = deal(a, heads * (size_t)context * 2, (size_t)pad * (quantized ? 2 : 4));
-    s->scratch = DEAL(a, Scratch, threads);
-    f32v *room = DEAL(a, f32v, threads * scratch);
-    for (size_t i = 0; a->at && i < threads; i++) s->scratch[i].more = room + i * scratch;
+    s->kept = DEAL(a, f32v, quantized ? threads * group_count(widest(c)) * Q_PANELS : 0);
+    s->scratch = DEAL(a, Scratch, scratches);
+    f32v *sums = DEAL(a, f32v, scratches * batch * MOST_ROWS);
+    for (size_t i = 0; a->at && i < scratches; i++)
+        s->scratch[i].sums = sums + i * batch * MOST_ROWS;
 }
 
 // Bytes that a state of this size may come to touch.
@@ -1657,11 +1654,11 @@ static void attend(State *s) {
 }
 static void normalize(State *s, const Tensor *weight) { s->norm = weight, each_row(s, norm_row); }
 static void multiply(const State *s, Matmul m) {
-    m.in = &s->in, m.n = s->n, m.scratch = s->scratch;
+    m.in = &s->in, m.n = s->n, m.scratch = s->scratch, m.kept = s->kept;
     matmul(s->pool, &m);
 }
 
-// A view of rows first to end.
+// A view of rows first to end, for which `in`, h1 and h2 begin anew.
 static State rows_of(const State *s, int first, int end) {
     const Config *c = &s->model->config;
     State view = *s;
@@ -1671,8 +1668,9 @@ static State rows_of(const State *s, int first, int end) {
 }
 
 // n <= batch steps go through the layers into the cache; x + branch are then the hidden states of
-// those from `first` on. The last layer makes only keys and values of the others (1.1B: 4 %).
+// those from `first` on. The last layer makes only keys and values of the others (prompts 4 %).
 static void forward(State *s, const Step *steps, int n, int first) {
+    assert(n >= 1 && n <= s->batch && first >= 0 && first <= n);
     s->steps = steps, s->n = n;
     each_row(s, enter_row);
     for (s->l = 0; s->l < s->model->config.n_layers; s->l++) {
@@ -1680,12 +1678,13 @@ static void forward(State *s, const Step *steps, int n, int first) {
         normalize(s, &w[ATTENTION_NORM]);
         multiply(s, (Matmul){{{s->q, &w[WQ]}, {s->k, &w[WK]}, {s->v, &w[WV]}}, .count = 3});
         each_row(s, place_row);
-        if (s->l + 1 == s->model->config.n_layers && first == n) break;
-        State rows = rows_of(s, s->l + 1 < s->model->config.n_layers ? 0 : first, n);
+        int from = s->l + 1 < s->model->config.n_layers ? 0 : first;
+        if (from == n) break;
+        State rows = rows_of(s, from, n);
         attend(&rows);
         multiply(&rows, (Matmul){{{rows.branch, &w[WO]}}, .count = 1});
         normalize(&rows, &w[FFN_NORM]);
-        multiply(&rows, (Matmul){{{s->h1, &w[W1]}, {s->h2, &w[W3]}}, .count = 2});
+        multiply(&rows, (Matmul){{{rows.h1, &w[W1]}, {rows.h2, &w[W3]}}, .count = 2});
         each_row(&rows, swiglu_row);
         multiply(&rows, (Matmul){{{rows.branch, &w[W2]}}, .count = 1});
     }
@@ -1694,6 +1693,7 @@ static void forward(State *s, const Step *steps, int n, int first) {
 // (n, vocab) scores of the tokens that may follow steps first to first + n of the last forward().
 static float *logits(const State *s, int first, int n) {
     State rows = rows_of(s, first, first + n);
+    assert(n >= 1 && n <= s->logit_rows);
     normalize(&rows, &s->model->layers[0][FINAL_NORM]);
     multiply(&rows, (Matmul){{{s->logits, &s->model->layers[0][CLASSIFIER]}}, .count = 1});
     return s->logits;

@@ -573,14 +573,18 @@ static void free_inputs(Inputs *in) {
 static Scratch *new_scratch(int threads, int tokens) {
     Scratch *s = aligned_alloc(64, (size_t)threads * round_up(sizeof *s, 64));
     for (int i = 0; i < threads; i++)
-        s[i].more = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof(f32v));
+        s[i].sums = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof(f32v));
     return s;
 }
 
 static void free_scratch(Scratch *s, int threads) {
     for (int i = 0; i < threads; i++)
-        free(s[i].more);
+        free(s[i].sums);
     free(s);
+}
+
+static f32v *new_kept(int threads, int cols) {
+    return aligned_alloc(64, (size_t)threads * group_count(cols) * Q_PANELS * sizeof(f32v));
 }
 
 // What goes into a product at (t, i), as the type sees it.
@@ -617,13 +621,15 @@ static void check_matmul(Type type, int rows, int cols) {
     float *one = NEW(float, TOKENS * rows), *many = NEW(float, TOKENS * rows);
     Pool pools[COUNT(thread_counts)];
     Scratch *scratch = new_scratch(5, TOKENS);
+    f32v *kept = new_kept(5, cols);
     for (int k = 0; k < COUNT(thread_counts); k++)
         start_pool(&pools[k], thread_counts[k]);
     for (int t = 0; t < TOKENS; t++) {
         Inputs from = alone;
         from.x = in.x + t * cols;
         prepare(&from, 1, 0, cols, type);
-        Matmul m = {{{one + t * rows, &w}}, .count = 1, .in = &from, .n = 1, .scratch = scratch};
+        Matmul m = {{{one + t * rows, &w}}, .count = 1, .in = &from, .n = 1, .scratch = scratch,
+                    .kept = kept};
         matmul(&pools[0], &m);
     }
     check_product(one, &w, &in, TOKENS);
@@ -631,7 +637,8 @@ static void check_matmul(Type type, int rows, int cols) {
         int n = at_once[k];
         for (int t = 0; t < n; t++)
             prepare(&in, n, t, cols, type);  // how they lie depends on how many there are
-        Matmul m = {{{many, &w}}, .count = 1, .in = &in, .n = n, .scratch = scratch};
+        Matmul m = {{{many, &w}}, .count = 1, .in = &in, .n = n, .scratch = scratch,
+                    .kept = kept};
         memset(many, -1, (size_t)(TOKENS * rows) * sizeof *many);
         matmul(&pools[k % COUNT(thread_counts)], &m);
         EXPECT_BITS(many, one, n * rows);
@@ -641,6 +648,7 @@ static void check_matmul(Type type, int rows, int cols) {
     for (int k = 0; k < COUNT(thread_counts); k++)
         stop_pool(&pools[k]);
     free_scratch(scratch, 5);
+    free(kept);
     free_tensor(&w);
     free_inputs(&in);
     free_inputs(&alone);
@@ -711,11 +719,11 @@ static void products_of_any_bytes_do_not_saturate(void) {
         float out[5 * 32];
         Pool p;
         start_pool(&p, 1);
-        Scratch *scratch = new_scratch(1, 5);
-        matmul(&p, &(Matmul){{{out, &w}}, .count = 1, .in = &in, .n = 5, .scratch = scratch});
+        f32v *kept = new_kept(1, cols);
+        matmul(&p, &(Matmul){{{out, &w}}, .count = 1, .in = &in, .n = 5, .kept = kept});
         stop_pool(&p);
         check_product(out, &w, &in, 5);
-        free_scratch(scratch, 1);
+        free(kept);
         free_inputs(&in);
         free(data);
     }
@@ -1065,7 +1073,8 @@ static double *plain_logits(const Model *m, const int *ids, int n) {
         plain_layer(x, m->layers[l], c, n);
     for (int t = 0; t < n; t++) {
         plain_norm(x + t * c->dim, x + t * c->dim, &m->layers[0][FINAL_NORM], (double)c->norm_eps);
-        plain_product(out + t * c->vocab_size, &m->layers[0][CLASSIFIER], NULL, x + t * c->dim, false);
+        plain_product(out + t * c->vocab_size, &m->layers[0][CLASSIFIER], NULL, x + t * c->dim,
+                      false);
     }
     free(row);
     free(x);
