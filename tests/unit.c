@@ -5,8 +5,9 @@
  * Each test is a process of its own, so that one that dies takes no other with it. A failing one
  * prints its name, the line, what it got and what it wanted.
  */
-#define TESTING
+#define main run_main
 #include "../run.c"
+#undef main
 #include <sys/wait.h>
 
 // ------------------------------------------------------------------------------------------------
@@ -172,17 +173,14 @@ static const int thread_counts[] = {1, 2, 5};
 // ------------------------------------------------------------------------------------------------
 // Room 1: the foundation
 
-static void what_is_dealt_from_an_arena_lies_apart_and_is_zero(void) {
-    Arena sizes = {0};
+static void what_is_dealt_from_an_arena_lies_apart(void) {
+    _Alignas(64) char block[128];
+    Arena sizes = {0}, a = {block, 0};
     DEAL(&sizes, char, 3);
     DEAL(&sizes, double, 5);
-    Arena a = open_arena(sizes.used, "");
     char *x = DEAL(&a, char, 3);
     double *y = DEAL(&a, double, 5);
     EXPECT((char *)y - x >= 64 && (uintptr_t)y % 64 == 0 && a.used == sizes.used);
-    for (int i = 0; i < 5; i++)
-        EXPECT_NEAR(y[i], 0, 0);
-    close_arena(&a);
 }
 
 static void sizes_that_overflow_are_dealt_as_too_much(void) {
@@ -190,13 +188,6 @@ static void sizes_that_overflow_are_dealt_as_too_much(void) {
     for (int i = 0; i < 100; i++)
         DEAL(&a, double, SIZE_MAX / 2);
     EXPECT(a.used >= 100.0 * (double)SIZE_MAX);
-}
-
-static void deal_too_much(void *with) { open_arena(*(double *)with, "less is less"); }
-
-static void memory_that_cannot_be_had_is_said_with_what_helps(void) {
-    double size = 1e30;
-    expect_death(__LINE__, deal_too_much, &size, FAILED, "less is less");
 }
 
 static void text_grows_by_any_amount(void) {
@@ -550,60 +541,63 @@ static void the_error_that_packing_reports_is_the_error_it_made(void) {
     }
 }
 
-// Inputs of random numbers, made ready for weights of a type.
-static Inputs new_inputs(Type type, int n, int cols) {
+// The first n of rows x, ready for weights of the type of inputs.
+static void prepare_rows(Inputs *in, const float *x, int n) {
+    in->n = n;
+    for (int t = 0; t < n; t++)
+        prepare(in, t, 0, x + t * in->cols, in->cols);
+}
+
+// Inputs of n rows x for weights of a type.
+static Inputs new_inputs(Type type, const float *x, int n, int cols) {
     size_t groups = round_up((size_t)n, Q_TOKENS) * group_count(cols);
     size_t vectors = round_up((size_t)n, F_TOKENS) * vector_count(cols);
-    Inputs in = {.x = random_numbers((size_t)(n * cols), 99), .q = NEW(int8_t, groups * GROUP),
-                 .vector = NEW(float, vectors * WIDTH),
-                 .scale = NEW(float, groups), .start = NEW(int32_t, groups)};
-    for (int t = 0; t < n; t++)
-        prepare(&in, n, t, cols, type);
+    Inputs in = {type, cols, n, NEW(float, vectors * WIDTH), NEW(int8_t, groups * GROUP),
+                 NEW(float, groups), NEW(int32_t, groups)};
+    prepare_rows(&in, x, n);
     return in;
 }
 
 static void free_inputs(Inputs *in) {
-    free(in->x);
     free(in->vector);
     free(in->q);
     free(in->scale);
     free(in->start);
 }
 
-static Scratch *new_scratch(int threads, int tokens) {
-    Scratch *s = aligned_alloc(64, (size_t)threads * round_up(sizeof *s, 64));
-    for (int i = 0; i < threads; i++)
-        s[i].sums = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof(f32v));
+static Scratch *new_scratch(int threads, int tokens, int cols) {
+    Scratch *s = NEW(Scratch, threads);
+    for (int i = 0; i < threads; i++) {
+        s[i].w = aligned_alloc(64, MOST_ROWS / F_ROWS * sizeof *s->w);
+        s[i].sums = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof *s->sums);
+        s[i].kept = aligned_alloc(64, group_count(cols) * Q_PANELS * sizeof *s->kept);
+    }
     return s;
 }
 
 static void free_scratch(Scratch *s, int threads) {
     for (int i = 0; i < threads; i++)
-        free(s[i].sums);
+        free(s[i].w), free(s[i].sums), free(s[i].kept);
     free(s);
 }
 
-static f32v *new_kept(int threads, int cols) {
-    return aligned_alloc(64, (size_t)threads * group_count(cols) * Q_PANELS * sizeof(f32v));
-}
-
 // What goes into a product at (t, i), as the type sees it.
-static double input_value(const Inputs *in, Type type, int t, int i, int cols) {
-    if (!is_quantized(type))
-        return (double)in->x[t * cols + i];
-    size_t g = tiled(group_count(cols), Q_TOKENS, t, (size_t)(i / GROUP));
+static double input_value(const Inputs *in, const float *x, int t, int i) {
+    if (!is_quantized(in->type))
+        return (double)x[t * in->cols + i];
+    size_t g = tiled(group_count(in->cols), Q_TOKENS, t, (size_t)(i / GROUP));
     return (double)in->q[g * GROUP + (size_t)(i % GROUP)] * (double)in->scale[g];
 }
 
 // Every number of a product within 2e-6 of the sum of its terms' sizes.
-static void check_product(const float *out, const Tensor *w, const Inputs *in, int n) {
+static void check_product(const float *out, const Tensor *w, const Inputs *in, const float *x) {
     float *row = NEW(float, w->cols);
     for (int r = 0; r < w->rows; r++) {
         unpack_row(row, w, r);
-        for (int t = 0; t < n; t++) {
+        for (int t = 0; t < in->n; t++) {
             double sum = 0, size = 0;
             for (int i = 0; i < w->cols; i++) {
-                double product = (double)row[i] * input_value(in, w->type, t, i, w->cols);
+                double product = (double)row[i] * input_value(in, x, t, i);
                 sum += product, size += fabs(product);
             }
             EXPECT_NEAR(out[(size_t)t * (size_t)w->rows + (size_t)r], sum, 2e-6 * size + 1e-30);
@@ -617,30 +611,23 @@ static void check_matmul(Type type, int rows, int cols) {
     enum { TOKENS = 40 };
     static const int at_once[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, TOKENS};
     Tensor w = random_tensor(type, rows, cols, (uint32_t)(rows * cols));
-    Inputs in = new_inputs(type, TOKENS, cols), alone = new_inputs(type, 1, cols);
+    float *x = random_numbers((size_t)(TOKENS * cols), 99);
+    Inputs in = new_inputs(type, x, TOKENS, cols), alone = new_inputs(type, x, 1, cols);
     float *one = NEW(float, TOKENS * rows), *many = NEW(float, TOKENS * rows);
     Pool pools[COUNT(thread_counts)];
-    Scratch *scratch = new_scratch(5, TOKENS);
-    f32v *kept = new_kept(5, cols);
+    Scratch *scratch = new_scratch(5, TOKENS, cols);
     for (int k = 0; k < COUNT(thread_counts); k++)
         start_pool(&pools[k], thread_counts[k]);
     for (int t = 0; t < TOKENS; t++) {
-        Inputs from = alone;
-        from.x = in.x + t * cols;
-        prepare(&from, 1, 0, cols, type);
-        Matmul m = {{{one + t * rows, &w}}, .count = 1, .in = &from, .n = 1, .scratch = scratch,
-                    .kept = kept};
-        matmul(&pools[0], &m);
+        prepare_rows(&alone, x + t * cols, 1);
+        matmul(&pools[0], &(Matmul){&w, {one + t * rows}, 1, &alone, scratch});
     }
-    check_product(one, &w, &in, TOKENS);
+    check_product(one, &w, &in, x);
     for (int k = 0; k < COUNT(at_once); k++) {
         int n = at_once[k];
-        for (int t = 0; t < n; t++)
-            prepare(&in, n, t, cols, type);  // how they lie depends on how many there are
-        Matmul m = {{{many, &w}}, .count = 1, .in = &in, .n = n, .scratch = scratch,
-                    .kept = kept};
+        prepare_rows(&in, x, n);  // how they lie depends on how many there are
         memset(many, -1, (size_t)(TOKENS * rows) * sizeof *many);
-        matmul(&pools[k % COUNT(thread_counts)], &m);
+        matmul(&pools[k % COUNT(thread_counts)], &(Matmul){&w, {many}, 1, &in, scratch});
         EXPECT_BITS(many, one, n * rows);
         for (int i = n * rows; i < TOKENS * rows; i++)
             EXPECT(isnan(many[i]));  // untouched
@@ -648,10 +635,10 @@ static void check_matmul(Type type, int rows, int cols) {
     for (int k = 0; k < COUNT(thread_counts); k++)
         stop_pool(&pools[k]);
     free_scratch(scratch, 5);
-    free(kept);
     free_tensor(&w);
     free_inputs(&in);
     free_inputs(&alone);
+    free(x);
     free(one);
     free(many);
 }
@@ -671,19 +658,19 @@ static void products_of_q4_are_right_and_always_the_same(void) { check_matmul_of
 
 static void three_products_in_one_job_are_three_products(void) {
     static const int rows[] = {40, 7, 65};
-    Inputs in = new_inputs(F32, 3, 50);
-    Scratch *scratch = new_scratch(2, 3);
+    float *x = random_numbers(150, 99);
+    Inputs in = new_inputs(F32, x, 3, 50);
+    Scratch *scratch = new_scratch(2, 3, 50);
     Tensor w[3];
     float *alone[3], *together[3];
     Pool p;
     start_pool(&p, 2);
-    Matmul all = {.count = 3, .in = &in, .n = 3, .scratch = scratch};
+    Matmul all = {w, {NULL}, 3, &in, scratch};
     for (int i = 0; i < 3; i++) {
         w[i] = random_tensor(F32, rows[i], 50, (uint32_t)i);
         alone[i] = NEW(float, 3 * rows[i]), together[i] = NEW(float, 3 * rows[i]);
-        all.product[i] = (Product){together[i], &w[i]};
-        Matmul m = {{{alone[i], &w[i]}}, .count = 1, .in = &in, .n = 3, .scratch = scratch};
-        matmul(&p, &m);
+        all.out[i] = together[i];
+        matmul(&p, &(Matmul){&w[i], {alone[i]}, 1, &in, scratch});
     }
     matmul(&p, &all);
     stop_pool(&p);
@@ -695,6 +682,7 @@ static void three_products_in_one_job_are_three_products(void) {
     }
     free_scratch(scratch, 2);
     free_inputs(&in);
+    free(x);
 }
 
 // The stored extremes, which packing never makes but a file may hold.
@@ -711,19 +699,17 @@ static void products_of_any_bytes_do_not_saturate(void) {
                 memcpy(data + (size_t)p * panel_bytes(type, cols) + line_bytes(type, cols) + i * 2,
                        &(uint16_t){0x3c00}, 2);  // 1.0
         w.data = data;
-        Inputs in = new_inputs(type, 5, cols);
+        float x[5 * 64], out[5 * 32];
         for (int i = 0; i < 5 * cols; i++)
-            in.x[i] = random_bits(&seed) % 2 ? 1 : -1;
-        for (int t = 0; t < 5; t++)
-            prepare(&in, 5, t, cols, type);
-        float out[5 * 32];
+            x[i] = random_bits(&seed) % 2 ? 1 : -1;
+        Inputs in = new_inputs(type, x, 5, cols);
         Pool p;
         start_pool(&p, 1);
-        f32v *kept = new_kept(1, cols);
-        matmul(&p, &(Matmul){{{out, &w}}, .count = 1, .in = &in, .n = 5, .kept = kept});
+        Scratch *scratch = new_scratch(1, 5, cols);
+        matmul(&p, &(Matmul){&w, {out}, 1, &in, scratch});
         stop_pool(&p);
-        check_product(out, &w, &in, 5);
-        free(kept);
+        check_product(out, &w, &in, x);
+        free_scratch(scratch, 1);
         free_inputs(&in);
         free(data);
     }
@@ -819,7 +805,7 @@ static void check_attention(Config c, int threads, int from, int n) {
         for (int h = 0; h < c.n_heads; h++) {
             plain_answer(wanted, &s, t, h);
             for (int i = 0; i < c.head_dim; i++)
-                EXPECT_NEAR(s.state.in.x[t * q_dim(&c) + h * c.head_dim + i], wanted[i], 3e-6);
+                EXPECT_NEAR(s.state.y[t * q_dim(&c) + h * c.head_dim + i], wanted[i], 3e-6);
         }
     close_scene(&s);
 }
@@ -854,7 +840,7 @@ static float *answers_of(Scene *s) {
     size_t n = (size_t)(s->n * q_dim(&s->model.config));
     float *out = NEW(float, n);
     attend(&s->state);
-    memcpy(out, s->state.in.x, n * sizeof *out);
+    memcpy(out, s->state.y, n * sizeof *out);
     return out;
 }
 
@@ -871,7 +857,7 @@ static void attention_does_not_depend_on_the_order_of_its_items(void) {
         for (int i = s.model.config.n_kv_heads * s.state.parts; i-- > 0;)
             attend_items(&s.state, 0, i, i + 1);
         each_row(&s.state, finish_row);
-        EXPECT_BITS(s.state.in.x, forwards, 60);
+        EXPECT_BITS(s.state.y, forwards, 60);
         free(forwards);
         close_scene(&s);
     }
@@ -889,7 +875,7 @@ static void a_query_gets_the_same_bits_alone_and_among_others(void) {
             one.steps += t, one.n = 1;
             memcpy(one.q, queries + t * 60, 60 * sizeof *queries);  // answers take its room
             attend(&one);
-            EXPECT_BITS(s.state.in.x, together + t * 60, 60);
+            EXPECT_BITS(s.state.y, together + t * 60, 60);
         }
         free(together), free(queries);
         close_scene(&s);
@@ -1079,6 +1065,15 @@ static double *plain_logits(const Model *m, const int *ids, int n) {
     free(row);
     free(x);
     return out;
+}
+
+static void open_it(void *state) { open_state(state); }
+
+static void memory_that_cannot_be_had_is_said_with_what_helps(void) {
+    Model m = {.config = small_config(F32)};
+    Pool p = {.threads = 1};
+    State s = {.model = &m, .pool = &p, .context = 1 << 30, .slots = INT_MAX, .batch = 1};
+    expect_death(__LINE__, open_it, &s, FAILED, "-c");
 }
 
 // Logits of n ids, fed `batch` at a time on some threads.
@@ -1665,7 +1660,7 @@ typedef struct { const char *name; void (*run)(void); } Test;
 #define TEST(name) {#name, name}
 
 static const Test tests[] = {
-    TEST(what_is_dealt_from_an_arena_lies_apart_and_is_zero),
+    TEST(what_is_dealt_from_an_arena_lies_apart),
     TEST(sizes_that_overflow_are_dealt_as_too_much),
     TEST(memory_that_cannot_be_had_is_said_with_what_helps),
     TEST(text_grows_by_any_amount),
