@@ -810,8 +810,7 @@ INLINE void store_bytes(int8_t *out, i32v v) {
     }
 }
 
-// Adding ROUNDER to a float of less than 2^22 rounds it to a whole number, ties to even, which then
-// stands in the low bits of the sum.
+// Added to a float below 2^22 it rounds that to a whole number, ties to even, in the low bits.
 static const float ROUNDER = 0x1.8p23f;
 enum { ROUNDER_BITS = 0x4b400000 };
 
@@ -906,6 +905,14 @@ static void prepare(const Inputs *in, int t, int first, const float *x, int coun
     }
 }
 
+// What a thread has room for: MOST_ROWS by COLUMNS float weights as tiles read them, sums so far,
+// (n, MOST_ROWS); of each group of quantized weights, what the widest tiles keep.
+typedef struct {
+    float (*w)[COLUMNS / WIDTH][F_ROWS][WIDTH]; f32v *sums;
+    f32v (*kept)[Q_PANELS]; i32v (*line)[Q_PANELS][8];
+    float *gate, *found;  // (2, n, MOST_ROWS) of gate_units, (A_QUERIES, MIX + head_pad) of look
+} Scratch;
+
 // A line's weights for dot4. In q4 a line holds two: the low and the high halves of its bytes.
 INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
     i32v w = load_line(lines + (size_t)(type == Q8 ? i : i / 2) * LINE);
@@ -919,22 +926,23 @@ INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
     MAP(i32v, pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k]) : dot4(sum.p[k], w.p[k], x.p[k]));
 }
 
-// P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer
-// sum), `stride` numbers from token to token. Lanes are rows: nothing is added across lanes.
+// P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer sum), stride
+// numbers from token to token. Lanes are rows: nothing is added across lanes.
 //
 // A group's integer sum starts at ROUNDER_BITS less the zero point times the sum of its
 // activations. Read as a float the result is ROUNDER + sum, and s * (ROUNDER + sum) - s * ROUNDER,
 // fused, is the s * sum rounded once that a conversion and a product would give: 1 instruction for
-// 2 (6 % faster). The first tile leaves s * -ROUNDER to the others in `kept`, (groups, P): 2 %.
+// 2 (6 % faster). The first of the widest tiles keeps s * -ROUNDER for the others (2 %) and, where
+// a line is one register, the weights of q4 (a Xeon: 8 to 12 %).
 //
 // Many tokens: each tile sends for its share of the next panels (5 %). One: each line for the one
 // AHEAD of it, in the next panels where these end, each group for its scales there (q4: 1.3 times
 // faster), in few instructions. Not by prefetchnta, which makes a Xeon decode 3 times slower.
 INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const Inputs *in, int t0,
-                   Type type, f32v *kept, const int T) {
+                   Type type, const Scratch *own, const int T) {
     enum { P = Q_PANELS };
     const int rows = w->rows, groups = (int)group_count(w->cols);
-    const bool pairs = PAIRS && type == Q4;
+    const bool pairs = PAIRS && type == Q4, keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS;
     const int chains = T == 1 && !pairs ? 2 : 1;  // of sums: a step need not wait for the last
     const size_t bytes = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
     const size_t step = panel + P <= (int)panel_count(rows) ? bytes : 0;  // 0: read the last twice
@@ -955,7 +963,9 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
         UNROLL for (int i = 0; i < 8; i++) {
             i32v line[P];
             UNROLL for (int p = 0; p < P; p++) {
-                line[p] = weights_of_line(type, lines + (size_t)p * step, i);
+                line[p] = keeps && t0 > 0 ? own->line[g][p][i]
+                        : weights_of_line(type, lines + (size_t)p * step, i);
+                if (keeps && t0 == 0) own->line[g][p][i] = line[p];
                 if (T == 1 && i * size % (8 * LINE) == 0)
                     __builtin_prefetch(soon + (size_t)p * step + i * size / 8);
             }
@@ -969,8 +979,8 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
         UNROLL for (int p = 0; p < P; p++) {
             const void *half = scales + (size_t)p * step;
             f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
-            if (T == Q_TOKENS && t0 > 0) less = kept[g * P + p];
-            else if (T == Q_TOKENS) kept[g * P + p] = less;
+            if (T == Q_TOKENS && t0 > 0) less = own->kept[g][p];
+            else if (T == Q_TOKENS) own->kept[g][p] = less;
             if (T == 1) __builtin_prefetch((const char *)half + P * step);
             if (chains == 2) EACH_PART whole[p][0].p[k] += whole[p][1].p[k];
             UNROLL for (int t = 0; t < T; t++) {
@@ -990,18 +1000,17 @@ static int unit_rows(const Inputs *in) {
     return is_quantized(in->type) || in->n < F_TOKENS ? GROUP : MOST_ROWS;
 }
 
-// All tokens against a unit, the widest tile first. No tile is compiled twice: the conditions on
-// what a machine has, here and below, halve the time of a build.
+// All tokens against a unit, the widest tile first; none is compiled twice: half the build's time.
 INLINE void q_unit(float *out, size_t stride, const Tensor *w, int unit, const Inputs *in,
-                   Type type, f32v *kept) {
+                   Type type, const Scratch *own) {
     enum { P = Q_PANELS, Q = Q_TOKENS, PANELS = GROUP / PANEL };
     const int n = in->n, all = (int)panel_count(w->rows);
     for (int p = unit * PANELS; p < least((unit + 1) * PANELS, all); p += P, out += P * PANEL) {
         int t = 0;
-        for (; n - t >= Q; t += Q) q_tile(out, stride, w, p, in, t, type, kept, Q);
-        for (; Q > 4 && n - t >= 4; t += 4) q_tile(out, stride, w, p, in, t, type, kept, 4);
-        for (; Q > 2 && n - t >= 2; t += 2) q_tile(out, stride, w, p, in, t, type, kept, 2);
-        for (; t < n; t++) q_tile(out, stride, w, p, in, t, type, kept, 1);
+        for (; n - t >= Q; t += Q) q_tile(out, stride, w, p, in, t, type, own, Q);
+        for (; Q > 4 && n - t >= 4; t += 4) q_tile(out, stride, w, p, in, t, type, own, 4);
+        for (; Q > 2 && n - t >= 2; t += 2) q_tile(out, stride, w, p, in, t, type, own, 2);
+        for (; t < n; t++) q_tile(out, stride, w, p, in, t, type, own, 1);
     }
 }
 
@@ -1013,15 +1022,6 @@ INLINE f32v load_weights(Type type, const void *at, int n) {
     if (n < WIDTH) at = memcpy(all, at, row_bytes(type, n));
     return type == F32 ? load_f32(at) : type == BF16 ? load_bf16(at) : load_f16(at);
 }
-
-// What a thread needs. For products by float weights: columns of a unit's rows as its tiles read
-// them, and sums so far. By quantized ones: what tiles have kept.
-typedef float Widened[COLUMNS / WIDTH][F_ROWS][WIDTH];
-typedef struct {
-    Widened *w;           // (MOST_ROWS / F_ROWS)
-    f32v *sums, *kept;    // (n, MOST_ROWS), (groups of a row, Q_PANELS)
-    float *gate, *found;  // (2, n, MOST_ROWS) of gate_units, (A_QUERIES, MIX + head_pad) of look
-} Scratch;
 
 // A part of a product: columns c0 to c0 + cols of a unit. Of many tokens, only the first F_TOKENS
 // take weights from the file; they keep them as floats in the scratch, where the others find them.
@@ -1157,8 +1157,8 @@ static void unpack_row(float *out, const Tensor *w, int row) {
 // A unit's rows of in(n, cols) w(rows, cols)^T, `stride` numbers from token to token.
 static void multiply_unit(float *out, size_t stride, const Tensor *w, int unit, const Inputs *in,
                           const Scratch *s) {
-    if (w->type == Q8) q_unit(out, stride, w, unit, in, Q8, s->kept);
-    else if (w->type == Q4) q_unit(out, stride, w, unit, in, Q4, s->kept);
+    if (w->type == Q8) q_unit(out, stride, w, unit, in, Q8, s);
+    else if (w->type == Q4) q_unit(out, stride, w, unit, in, Q4, s);
     else float_unit(out, stride, w, unit, in, s);
 }
 
@@ -1411,7 +1411,6 @@ typedef struct State {
     const Tensor *norm;     // weight of the next norm
     void (*work)(struct State *s, int t);  // of each_row
 } State;
-// The widest row that goes into a product.
 static int widest(const Config *c) { return most(most(c->dim, c->hidden_dim), q_dim(c)); }
 static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
 
@@ -1423,8 +1422,9 @@ static Inputs deal_inputs(Arena *a, Type type, int n, int cols) {
 }
 static Scratch deal_scratch(Arena *a, const Config *c, int n, size_t answer) {
     const size_t q = is_quantized(c->type), f = !q, rows = (size_t)n * MOST_ROWS;
-    return (Scratch){DEAL(a, Widened, f * MOST_ROWS / F_ROWS), DEAL(a, f32v, f * rows),
-                     DEAL(a, f32v, q * group_count(widest(c)) * Q_PANELS),
+    const size_t groups = q * group_count(widest(c)), one = sizeof(f32v) * Q_PANELS;
+    return (Scratch){deal(a, f * MOST_ROWS, COLUMNS * sizeof(float)), DEAL(a, f32v, f * rows),
+                     deal(a, groups, one), deal(a, c->type == Q4 ? groups : 0, 8 * one),
                      DEAL(a, float, 2 * rows), DEAL(a, float, A_QUERIES * answer)};
 }
 

@@ -570,14 +570,15 @@ static Scratch *new_scratch(int threads, int tokens, int cols) {
     for (int i = 0; i < threads; i++) {
         s[i].w = aligned_alloc(64, MOST_ROWS / F_ROWS * sizeof *s->w);
         s[i].sums = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof *s->sums);
-        s[i].kept = aligned_alloc(64, group_count(cols) * Q_PANELS * sizeof *s->kept);
+        s[i].kept = aligned_alloc(64, group_count(cols) * sizeof *s->kept);
+        s[i].line = aligned_alloc(64, group_count(cols) * sizeof *s->line);
     }
     return s;
 }
 
 static void free_scratch(Scratch *s, int threads) {
     for (int i = 0; i < threads; i++)
-        free(s[i].w), free(s[i].sums), free(s[i].kept);
+        free(s[i].w), free(s[i].sums), free(s[i].kept), free(s[i].line);
     free(s);
 }
 
