@@ -404,8 +404,8 @@ static size_t take_llama2c(Model *m, uint32_t version) {
     return at + tables;
 }
 
-// Map the file, read its header, point every tensor into it. Dies, naming file and field, if the
-// numbers are not sane or not the file's size, by which alone llama2.c's version 0 is known.
+// Map the file, read its header, point every tensor into it. Dies, naming file and field, unless
+// numbers are sane and want the file's exact size, by which alone llama2.c's version 0 is known.
 static Model open_model(const char *path) {
     static const char *const strangers[][2] = {
         {"GGUF", "a GGUF file"}, {"PK\3\4", "a zip archive, as PyTorch writes"},
@@ -1000,7 +1000,7 @@ static int unit_rows(const Inputs *in) {
     return is_quantized(in->type) || in->n < F_TOKENS ? GROUP : MOST_ROWS;
 }
 
-// All tokens against a unit, the widest tile first; none is compiled twice: half the build's time.
+// All tokens against a unit, the widest tile first. Conditions as `Q > 4` halve a build's time.
 INLINE void q_unit(float *out, size_t stride, const Tensor *w, int unit, const Inputs *in,
                    Type type, const Scratch *own) {
     enum { P = Q_PANELS, Q = Q_TOKENS, PANELS = GROUP / PANEL };
@@ -1036,11 +1036,12 @@ typedef struct {
 } Part;
 
 // F_ROWS rows from r on (past the last, the last again) by T tokens from t0 on. Sent for are a
-// share of the weights wanted next (Zen 5, f32: 8 % faster), the next tile's sums, as all are more
-// than the second cache holds (6 %), by few tokens the weights AHEAD (bf16: 1.1 and 1.9 times).
+// share of the weights wanted next (Zen 5, f32: 8 % faster), the next tile's sums, as the second
+// cache cannot hold all (6 %), and by 1 or 2 tokens the weights AHEAD (bf16: 1.1 or 1.9 times).
 INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int T, bool found) {
     const int all = (int)vector_count(p->cols), whole = found ? all : p->cols / WIDTH;
-    const int tile = found || T == F_TOKENS ? F_TOKENS : p->in->n;
+    const bool keeps = !found && T == F_TOKENS;
+    const int tile = found || keeps ? F_TOKENS : p->in->n;
     const int H = T == 1 ? PARTS : 1;  // parts at once: as many sums as registers hold
     const size_t row = vector_count(p->in->cols), step = row_bytes(type, WIDTH), stride = p->stride;
     const float *x = p->in->vector + tiled(row, tile, t0, (size_t)(p->c0 / WIDTH)) * WIDTH;
@@ -1062,16 +1063,16 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
             UNROLL for (int t = 0; t < T; t++) v[t] = hold(load_f32(x + (i * tile + t) * WIDTH));
             UNROLL for (int k = 0; k < F_ROWS; k++) {
                 f32v u = found ? load_f32(kept[i][k]) : load_weights(type, w[k] + at, WIDTH);
-                if (!found && T == F_TOKENS && h == 0) store_f32(kept[i][k], u);
+                if (keeps && h == 0) store_f32(kept[i][k], u);
                 UNROLL for (int t = 0; t < T; t++) UNROLL for (int j = h; j < h + H; j++)
                     sum[k][t].p[j] = fused(u.p[j], v[t].p[j], sum[k][t].p[j]);
             }
             UNROLL for (int k = 0; k < F_ROWS; k++)
-                if (!found && T < F_TOKENS) __builtin_prefetch(w[k] + ahead);
+                if (!found && !keeps) __builtin_prefetch(w[k] + ahead);
         }
     if (whole < all) UNROLL for (int k = 0; k < F_ROWS; k++) {
         f32v u = load_weights(type, w[k] + (size_t)whole * step, p->cols % WIDTH);
-        if (T == F_TOKENS) store_f32(kept[whole][k], u);
+        if (keeps) store_f32(kept[whole][k], u);
         UNROLL for (int t = 0; t < T; t++)
             sum[k][t] = fma16(u, load_f32(x + (whole * tile + t) * WIDTH), sum[k][t]);
     }
@@ -1164,8 +1165,7 @@ static void multiply_unit(float *out, size_t stride, const Tensor *w, int unit, 
 
 // out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products by tensors that
 // follow each other are done as one job, for fewer meetings of the threads.
-typedef struct { const Tensor *w; float *out[3]; int count; const Inputs *in; Scratch *scratch; }
-Matmul;
+typedef struct { const Tensor *w; float *out[3]; const Inputs *in; Scratch *scratch; } Matmul;
 static int unit_count(int rows, const Inputs *in) { return (rows - 1) / unit_rows(in) + 1; }
 static void matmul_units(void *job, int thread, int first, int end) {
     const Matmul *m = job;
@@ -1178,7 +1178,7 @@ static void matmul_units(void *job, int thread, int first, int end) {
 }
 static void matmul(Pool *pool, Matmul *m) {
     int units = 0;
-    for (int i = 0; i < m->count; i++) units += unit_count(m->w[i].rows, m->in);
+    for (int i = 0; i < 3 && m->out[i]; i++) units += unit_count(m->w[i].rows, m->in);
     parallel(pool, units, matmul_units, m);
 }
 
@@ -1431,15 +1431,15 @@ static Scratch deal_scratch(Arena *a, const Config *c, int n, size_t answer) {
 // Every array of the state, once to add up the sizes and once to deal them out.
 static void lay_out(State *s, Arena *a) {
     const Config *c = &s->model->config;
-    const int pad = (int)round_up((size_t)c->head_dim, WIDTH), row = most(c->dim, q_dim(c));
+    const int pad = (int)round_up((size_t)c->head_dim, WIDTH), wide = most(c->dim, q_dim(c));
     const int context = (int)round_up((size_t)s->context, BLOCK);
     size_t batch = (size_t)s->batch, answer = (size_t)(MIX + pad);
     size_t heads = (size_t)s->slots * (size_t)c->n_layers * (size_t)c->n_kv_heads;
     s->x = DEAL(a, float, batch * (size_t)c->dim);
     s->v = s->branch = DEAL(a, float, batch * (size_t)most(c->dim, kv_dim(c)));
-    s->q = s->y = DEAL(a, float, batch * (size_t)row);
+    s->q = s->y = DEAL(a, float, batch * (size_t)wide);
     s->k = DEAL(a, float, batch * (size_t)kv_dim(c));
-    s->in = deal_inputs(a, c->type, s->batch, row);
+    s->in = deal_inputs(a, c->type, s->batch, wide);
     s->gated = deal_inputs(a, c->type, s->batch, c->hidden_dim);
     s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
     s->logits = DEAL(a, float, (size_t)s->logit_rows * (size_t)c->vocab_size);
@@ -1678,16 +1678,16 @@ static void forward(State *s, const Step *steps, int n, int first) {
     for (s->l = 0; s->l < s->model->config.n_layers; s->l++) {
         const Tensor *w = s->model->layers[s->l];
         normalize(s, &w[ATTENTION_NORM]);
-        matmul(s->pool, &(Matmul){&w[WQ], {s->q, s->k, s->v}, 3, &s->in, s->scratch});
+        matmul(s->pool, &(Matmul){&w[WQ], {s->q, s->k, s->v}, &s->in, s->scratch});
         each_row(s, place_row);
         int from = s->l + 1 < s->model->config.n_layers ? 0 : first;
         if (from == n) break;
         State rows = rows_of(s, from, n);
         attend(&rows);
-        matmul(s->pool, &(Matmul){&w[WO], {rows.branch}, 1, &rows.in, s->scratch});
+        matmul(s->pool, &(Matmul){&w[WO], {rows.branch}, &rows.in, s->scratch});
         normalize(&rows, &w[FFN_NORM]);
         parallel(s->pool, unit_count(w[W1].rows, &rows.in), gate_units, &rows);
-        matmul(s->pool, &(Matmul){&w[W2], {rows.branch}, 1, &rows.gated, s->scratch});
+        matmul(s->pool, &(Matmul){&w[W2], {rows.branch}, &rows.gated, s->scratch});
     }
 }
 
@@ -1697,7 +1697,7 @@ static float *logits(const State *s, int first, int n) {
     assert(n >= 1 && n <= s->logit_rows);
     normalize(&rows, &s->model->layers[0][FINAL_NORM]);
     const Tensor *w = &s->model->layers[0][CLASSIFIER];
-    matmul(s->pool, &(Matmul){w, {s->logits}, 1, &rows.in, s->scratch});
+    matmul(s->pool, &(Matmul){w, {s->logits}, &rows.in, s->scratch});
     return s->logits;
 }
 

@@ -548,7 +548,7 @@ static void prepare_rows(Inputs *in, const float *x, int n) {
         prepare(in, t, 0, x + t * in->cols, in->cols);
 }
 
-// Inputs of n rows x for weights of a type.
+// Inputs of n rows x for weights of a type, each array by itself: a sanitizer then sees its end.
 static Inputs new_inputs(Type type, const float *x, int n, int cols) {
     size_t groups = round_up((size_t)n, Q_TOKENS) * group_count(cols);
     size_t vectors = round_up((size_t)n, F_TOKENS) * vector_count(cols);
@@ -621,14 +621,14 @@ static void check_matmul(Type type, int rows, int cols) {
         start_pool(&pools[k], thread_counts[k]);
     for (int t = 0; t < TOKENS; t++) {
         prepare_rows(&alone, x + t * cols, 1);
-        matmul(&pools[0], &(Matmul){&w, {one + t * rows}, 1, &alone, scratch});
+        matmul(&pools[0], &(Matmul){&w, {one + t * rows}, &alone, scratch});
     }
     check_product(one, &w, &in, x);
     for (int k = 0; k < COUNT(at_once); k++) {
         int n = at_once[k];
         prepare_rows(&in, x, n);  // how they lie depends on how many there are
         memset(many, -1, (size_t)(TOKENS * rows) * sizeof *many);
-        matmul(&pools[k % COUNT(thread_counts)], &(Matmul){&w, {many}, 1, &in, scratch});
+        matmul(&pools[k % COUNT(thread_counts)], &(Matmul){&w, {many}, &in, scratch});
         EXPECT_BITS(many, one, n * rows);
         for (int i = n * rows; i < TOKENS * rows; i++)
             EXPECT(isnan(many[i]));  // untouched
@@ -666,12 +666,12 @@ static void three_products_in_one_job_are_three_products(void) {
     float *alone[3], *together[3];
     Pool p;
     start_pool(&p, 2);
-    Matmul all = {w, {NULL}, 3, &in, scratch};
+    Matmul all = {w, {NULL}, &in, scratch};
     for (int i = 0; i < 3; i++) {
         w[i] = random_tensor(F32, rows[i], 50, (uint32_t)i);
         alone[i] = NEW(float, 3 * rows[i]), together[i] = NEW(float, 3 * rows[i]);
         all.out[i] = together[i];
-        matmul(&p, &(Matmul){&w[i], {alone[i]}, 1, &in, scratch});
+        matmul(&p, &(Matmul){&w[i], {alone[i]}, &in, scratch});
     }
     matmul(&p, &all);
     stop_pool(&p);
@@ -707,7 +707,7 @@ static void products_of_any_bytes_do_not_saturate(void) {
         Pool p;
         start_pool(&p, 1);
         Scratch *scratch = new_scratch(1, 5, cols);
-        matmul(&p, &(Matmul){&w, {out}, 1, &in, scratch});
+        matmul(&p, &(Matmul){&w, {out}, &in, scratch});
         stop_pool(&p);
         check_product(out, &w, &in, x);
         free_scratch(scratch, 1);
@@ -1074,7 +1074,20 @@ static void memory_that_cannot_be_had_is_said_with_what_helps(void) {
     Model m = {.config = small_config(F32)};
     Pool p = {.threads = 1};
     State s = {.model = &m, .pool = &p, .context = 1 << 30, .slots = INT_MAX, .batch = 1};
-    expect_death(__LINE__, open_it, &s, FAILED, "-c");
+    expect_death(__LINE__, open_it, &s, FAILED, "a smaller context (-c) helps");
+}
+
+static void a_state_begins_as_zeros(void) {
+    for (Type type = F32; type <= Q4; type++) {
+        Model m = {.config = small_config(type)};
+        Pool p = {.threads = 2};
+        State s = {.model = &m, .pool = &p, .context = 600, .slots = 2, .batch = 9,
+                   .logit_rows = 3};
+        open_state(&s);
+        memset(s.scratch, 0, 2 * sizeof *s.scratch);  // pointers
+        EXPECT(all_zero((uint8_t *)s.arena.at, (size_t)s.arena.used));
+        close_state(&s);
+    }
 }
 
 // Logits of n ids, fed `batch` at a time on some threads.
@@ -1664,6 +1677,7 @@ static const Test tests[] = {
     TEST(what_is_dealt_from_an_arena_lies_apart),
     TEST(sizes_that_overflow_are_dealt_as_too_much),
     TEST(memory_that_cannot_be_had_is_said_with_what_helps),
+    TEST(a_state_begins_as_zeros),
     TEST(text_grows_by_any_amount),
     TEST(a_header_written_is_the_config_read),
     TEST(the_tensors_of_all_slots_fill_the_layers_and_the_model),
