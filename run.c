@@ -482,17 +482,17 @@ static void ring(Pool *p, Bell *bell) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-// Claim a share of what is left, smaller towards the end, and do it, until nothing is left. Each
-// touch of a count costs: with half as many claims, and what is done told once, a model of 15M is
-// 10 % faster. What is claimed is of the present job, which stays so until all its items are done.
+// Claim a share of what was left when last seen, and do it, until nothing is left. Each touch of a
+// count costs: with half as many claims, and what is done told once, a model of 15M is 8 to 10 %
+// faster. What is claimed is of the present job, which stays so until all its items are done.
 static void work_on(Pool *p, int thread) {
     int done = 0;
-    for (int n, left = p->unclaimed; left > 0; left -= n) {
+    for (int n, left = p->unclaimed; left > 0; left -= n, done += n) {
         n = most(1, left / (2 * p->threads));
         left = atomic_fetch_sub(&p->unclaimed, n);
+        if (left <= 0) break;
         n = least(n, left);
-        if (n > 0) p->work(p->job, thread, p->items - left, p->items - left + n);
-        done += most(0, n);
+        p->work(p->job, thread, p->items - left, p->items - left + n);
     }
     if (done && atomic_fetch_sub(&p->undone, done) == done) ring(p, &p->finished);
 }
@@ -1042,7 +1042,7 @@ typedef struct {
 INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int T, bool found) {
     const int all = (int)vector_count(p->cols), whole = found ? all : p->cols / WIDTH;
     const bool keeps = !found && T == F_TOKENS;
-    const int tile = found || keeps ? F_TOKENS : p->in->n, lines = T == F_TOKENS ? T * all : 0;
+    const int tile = found || keeps ? F_TOKENS : p->in->n, x_lines = T == F_TOKENS ? T * all : 0;
     const int H = T == 1 ? PARTS : 1;  // parts at once: as many sums as registers hold
     const size_t row = vector_count(p->in->cols), step = row_bytes(type, WIDTH), stride = p->stride;
     const float *x = p->in->vector + tiled(row, tile, t0, (size_t)(p->c0 / WIDTH)) * WIDTH;
@@ -1051,7 +1051,7 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
     f32v sum[F_ROWS][F_TOKENS], *sums = p->scratch->sums + (size_t)t0 * MOST_ROWS + r * T;
     for (int i = t0 / T * p->share; T == F_TOKENS && i < (t0 / T + 1) * p->share; i++)
         __builtin_prefetch(p->next + (size_t)(r + i % F_ROWS) * stride + i / F_ROWS * LINE, 0, 2);
-    for (int i = r * lines / MOST_ROWS; i < (r + F_ROWS) * lines / MOST_ROWS; i++)
+    for (int i = r * x_lines / MOST_ROWS; i < (r + F_ROWS) * x_lines / MOST_ROWS; i++)
         __builtin_prefetch(x + ((size_t)T * row + (size_t)i) * WIDTH, 0, 2);
     UNROLL for (int k = 0; k < F_ROWS; k++) {
         w[k] = p->w + (size_t)least(r + k, p->there - 1) * stride;
