@@ -445,7 +445,7 @@ enum { MAX_THREADS = 1024, SPINS = 1 << 11 };
 typedef void Work(void *job, int thread, int first, int end);
 typedef struct { _Atomic int sleepers; pthread_cond_t rings; } Bell;
 typedef struct {
-    _Alignas(64) _Atomic int unclaimed;  // items of this job, its last; 0 or less: none
+    _Alignas(64) _Atomic int unclaimed;  // items of this job, its last
     _Alignas(64) _Atomic int undone;     // items of this job
     _Alignas(64) Work *work;             // this and the next two: read by who has claimed some
     void *job;
@@ -456,7 +456,7 @@ typedef struct {
     pthread_mutex_t mutex;
     Bell begun, finished;
 } Pool;
-static bool work_waits(Pool *p) { return p->unclaimed > 0 || p->closing; }
+static bool work_waits(Pool *p) { return p->unclaimed || p->closing; }
 static bool job_done(Pool *p) { return p->undone == 0; }
 static void relax(void) {
 #if defined __x86_64__
@@ -482,17 +482,17 @@ static void ring(Pool *p, Bell *bell) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-// Claim a share of what was left when last seen, and do it, until nothing is left. Each touch of a
-// count costs: with half as many claims, and what is done told once, a model of 15M is 8 to 10 %
-// faster. What is claimed is of the present job, which stays so until all its items are done.
+// Claim a share of what is left, smaller towards the end, and do it, until nothing is left. Each
+// touch of a count costs: shares half as large, told one by one, make 15M 7 % slower. So does a
+// stale look at what is left: shares by a plain subtraction, 1.1B on 16 threads 8 %. What is
+// claimed is of the present job, which stays the present one until all its items are done.
 static void work_on(Pool *p, int thread) {
     int done = 0;
-    for (int n, left = p->unclaimed; left > 0; left -= n, done += n) {
-        n = most(1, left / (2 * p->threads));
-        left = atomic_fetch_sub(&p->unclaimed, n);
-        if (left <= 0) break;
-        n = least(n, left);
+    for (int left; (left = p->unclaimed) > 0;) {
+        int n = most(1, left / (2 * p->threads));
+        if (!atomic_compare_exchange_weak(&p->unclaimed, &left, left - n)) continue;
         p->work(p->job, thread, p->items - left, p->items - left + n);
+        done += n;
     }
     if (done && atomic_fetch_sub(&p->undone, done) == done) ring(p, &p->finished);
 }
