@@ -577,18 +577,18 @@ static int usable_cores(void) { return most(1, (int)sysconf(_SC_NPROCESSORS_ONLN
 #define X86(step) _mm512_##step
 typedef __m512i Ints;
 typedef __m256i Halves;
-enum { LANES = 16, Q_PANELS = 2, Q_TOKENS = 8, F_TOKENS = 6 };  // the tiles that registers hold
+enum { LANES = 16, Q_PANELS = 2, F_TOKENS = 6 };  // the tiles that registers hold
 #elif defined __AVX2__ && defined __FMA__ && defined __F16C__
 #define STEPS_AVX2
 #define X86(step) _mm256_##step
 typedef __m256i Ints;
 typedef __m128i Halves;
-enum { LANES = 8, Q_PANELS = 1, Q_TOKENS = 6, F_TOKENS = 3 };
+enum { LANES = 8, Q_PANELS = 1, F_TOKENS = 3 };
 #elif defined __aarch64__
 #define STEPS_NEON
-enum { LANES = 4, Q_PANELS = 1, Q_TOKENS = 4, F_TOKENS = 4 };
+enum { LANES = 4, Q_PANELS = 1, F_TOKENS = 4 };
 #else
-enum { LANES = 4, Q_PANELS = 1, Q_TOKENS = 2, F_TOKENS = 2 };
+enum { LANES = 4, Q_PANELS = 1, F_TOKENS = 2 };
 #endif
 enum { WIDTH = 16, PARTS = WIDTH / LANES };
 static size_t vector_count(int n) { return round_up((size_t)n, WIDTH) / WIDTH; }
@@ -654,7 +654,7 @@ static uint16_t narrow_half(float x) {
 
 // The steps that differ between instruction sets, most a register at a time:
 //   hold         keeps a vector in its registers: gcc 12 otherwise reads it from memory for each
-//                product, and loads are the limit (AVX-512 float tiles: 71 % of the ceiling, so 85)
+//                product, and loads are the limit (1.2 times: AVX-512 tiles, prompts of Zen 3)
 //   greater_of   likewise lesser_of; a if one is no number. By choose prompts are 2 to 3 % slower
 //   fused        a * b + c, rounded once; wide_f16, narrow_f16 as widen_half, narrow_half
 //   dot4         to each 32-bit lane of sum, the product of its 4 weights w (one line of a panel)
@@ -662,6 +662,7 @@ static uint16_t narrow_half(float x) {
 //                enter plus Q8_ZERO, which the caller takes off
 //   dot_pairs    where the step to 32 bits is dear, a group of q4 is summed in pairs of 16 bits
 //                first, and add_pairs ends it (AVX2: 1.6 times faster)
+//   at_once      gcc 12 otherwise adds a group's products up last (Zen 3: q8 1.1, q4 1.5 times)
 #if defined X86
 INLINE Halves load_halves(const uint16_t *x) { Halves h; memcpy(&h, x, sizeof h); return h; }
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) { return X86(fmadd_ps)(a, b, c); }
@@ -703,7 +704,7 @@ INLINE f32v lesser_of(f32v a, f32v b) { return choose(less(b, a), b, a); }
 #endif
 
 #if defined STEPS_AVX512 || defined __AVXVNNI__
-enum { Q8_ZERO = 128, PAIRS = 0 };
+enum { Q8_ZERO = 128, PAIRS = 0, Q_TOKENS = LANES == 16 ? 8 : 6 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #if defined STEPS_AVX512
     return (IntPart)_mm512_dpbusd_epi32((Ints)sum, (Ints)w, (Ints)x);
@@ -712,12 +713,13 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #endif
 }
 #elif defined STEPS_AVX2
-enum { Q8_ZERO = 0, PAIRS = 1 };
+enum { Q8_ZERO = 0, PAIRS = 1, Q_TOKENS = 5 };
+INLINE IntPart at_once(IntPart v) { __asm__("" : "+v"(v)); return v; }
 INLINE IntPart add_pairs(IntPart sum, IntPart pairs) {
-    return sum + (IntPart)_mm256_madd_epi16((Ints)pairs, _mm256_set1_epi16(1));
+    return at_once(sum + (IntPart)_mm256_madd_epi16((Ints)pairs, _mm256_set1_epi16(1)));
 }
 INLINE IntPart dot_pairs(IntPart pairs, IntPart w, IntPart x) {  // 8 lines fit: 8 * 2 * 15 * 127
-    return (IntPart)_mm256_add_epi16((Ints)pairs, _mm256_maddubs_epi16((Ints)w, (Ints)x));
+    return at_once((IntPart)_mm256_add_epi16((Ints)pairs, _mm256_maddubs_epi16((Ints)w, (Ints)x)));
 }
 // vpmaddubsw adds pairs of unsigned by signed in 16 bits with saturation, so the weight gives its
 // sign to the activation: 2 * 128 * 127 just fits.
@@ -726,7 +728,7 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
     return add_pairs(sum, (IntPart)_mm256_maddubs_epi16(size, turned));
 }
 #elif defined STEPS_NEON
-enum { Q8_ZERO = 0, PAIRS = 0 };
+enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 4 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #if defined __ARM_FEATURE_DOTPROD
     return (IntPart)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
@@ -737,7 +739,7 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #endif
 }
 #else
-enum { Q8_ZERO = 0, PAIRS = 0 };
+enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 2 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
     UNROLL for (int byte = 0; byte < 32; byte += 8)  // shifts bring byte 0, 1, 2, 3 down, signed
         sum += ((IntPart)((BitPart)w << (24 - byte)) >> 24)
@@ -953,8 +955,7 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
     const int8_t *q = in->q + first * GROUP;
     const float *scale = in->scale + first;
     const int32_t *start = in->start + first;
-    f32v sum[P][Q_TOKENS];
-    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) sum[p][t] = spread(0);
+    f32v sum[P][Q_TOKENS] = {0};
     for (int g = 0; g < groups; g++, lines += size, soon += size, scales += PANEL * 2) {
         if (g == groups - AHEAD / (int)size) soon += P * step - (size_t)groups * size;
         i32v whole[P][Q_TOKENS];
@@ -1065,14 +1066,14 @@ INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int 
             if (T == F_TOKENS) __builtin_prefetch(sums + F_ROWS * T + i, 1);
             UNROLL for (int t = 0; t < T; t++) v[t] = hold(load_f32(x + (i * tile + t) * WIDTH));
             UNROLL for (int k = 0; k < F_ROWS; k++) {
-                f32v u = found ? load_f32(kept[i][k]) : load_weights(type, w[k] + at, WIDTH);
+                f32v u = hold(found ? load_f32(kept[i][k]) : load_weights(type, w[k] + at, WIDTH));
                 if (keeps && h == 0) store_f32(kept[i][k], u);
                 UNROLL for (int t = 0; t < T; t++) UNROLL for (int j = h; j < h + H; j++)
                     sum[k][t].p[j] = fused(u.p[j], v[t].p[j], sum[k][t].p[j]);
             }
             UNROLL for (int k = 0; k < F_ROWS; k++)
-                if (found) __builtin_prefetch((char *)kept[i][k] + AHEAD);
-                else if (!keeps) __builtin_prefetch(w[k] + ahead);
+                if (found && h == 0) __builtin_prefetch((char *)kept[i][k] + AHEAD);
+                else if (!found && !keeps) __builtin_prefetch(w[k] + ahead);
         }
     if (whole < all) UNROLL for (int k = 0; k < F_ROWS; k++) {
         f32v u = load_weights(type, w[k] + (size_t)whole * step, p->cols % WIDTH);
@@ -1828,7 +1829,6 @@ static uint32_t next_code(const uint8_t **at, const uint8_t *end) {
     *at = p;
     return code;
 }
-
 static void append_code(Bytes *out, uint32_t code) {
     size_t n = code < 0x80 || code >= UNICODE ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     char c[4];
