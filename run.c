@@ -52,15 +52,14 @@ enum { FAILED = 1, MISUSED = 2 };  // exit statuses; 0 is success
 
 // Print "run: ..." as one line and exit: for what the user can mend, paths, files, options. Text
 // from files may hold anything, so control characters are not passed on to a terminal.
-__attribute__((noreturn, format(printf, 2, 3)))
-static void quit(int status, const char *format, ...) {
+__attribute__((noreturn, format(printf, 2, 3))) static void quit(int code, const char *text, ...) {
     char line[2048];
     va_list args;
-    va_start(args, format);
-    vsnprintf(line, sizeof line, format, args);
+    va_start(args, text);
+    vsnprintf(line, sizeof line, text, args);
     for (char *c = line; *c; c++) *c = iscntrl((unsigned char)*c) ? '?' : *c;
     fprintf(stderr, "run: %s\n", line);
-    exit(status);
+    exit(code);
 }
 #define die(...) quit(FAILED, __VA_ARGS__)
 #define misuse(...) quit(MISUSED, __VA_ARGS__)
@@ -621,7 +620,6 @@ INLINE f32v magnitude(f32v a) { MAP(f32v, (FloatPart)((IntPart)a.p[k] & 0x7fffff
 INLINE f32v choose(i32v mask, f32v a, f32v b) {
     MAP(f32v, (FloatPart)(((IntPart)a.p[k] & mask.p[k]) | ((IntPart)b.p[k] & ~mask.p[k])));
 }
-
 INLINE i32v load_line(const void *line) { MAP(i32v, ((const LooseInts *)line)[k]); }
 INLINE f32v load_f32(const float *x) { return as_float(load_line(x)); }
 INLINE void store_f32(float *x, f32v v) { EACH_PART ((LooseInts *)x)[k] = (IntPart)v.p[k]; }
@@ -741,9 +739,8 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #else
 enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 2 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
-    UNROLL for (int byte = 0; byte < 32; byte += 8)  // shifts bring byte 0, 1, 2, 3 down, signed
-        sum += ((IntPart)((BitPart)w << (24 - byte)) >> 24)
-             * ((IntPart)((BitPart)x << (24 - byte)) >> 24);
+    UNROLL for (int up = 0; up < 32; up += 8)  // shifts bring byte 3, 2, 1, 0 down, signed
+        sum += ((IntPart)((BitPart)w << up) >> 24) * ((IntPart)((BitPart)x << up) >> 24);
     return sum;
 }
 #endif
@@ -1315,11 +1312,10 @@ INLINE void mix_tile(const Mix *m, int v0, const bool half, const int Q, const i
     UNROLL for (int j = 0; j < Q; j++)
         UNROLL for (int v = 0; v < V; v++) store_f32(m->out[j] + (v0 + v) * WIDTH, sum[j][v]);
 }
-INLINE void mix_tiles(const Mix *m, int count, const int Q, const int V) {
+INLINE void mix_tiles(const Mix *m, int n, const int Q, const int V) {
     int v = 0;
-    for (; count - v >= V; v += V)
-        m->half ? mix_tile(m, v, true, Q, V) : mix_tile(m, v, false, Q, V);
-    for (; v < count; v++) m->half ? mix_tile(m, v, true, Q, 1) : mix_tile(m, v, false, Q, 1);
+    for (; n - v >= V; v += V) m->half ? mix_tile(m, v, true, Q, V) : mix_tile(m, v, false, Q, V);
+    for (; v < n; v++) m->half ? mix_tile(m, v, true, Q, 1) : mix_tile(m, v, false, Q, 1);
 }
 
 // All vectors, for as few queries as there are tiles for.
@@ -2682,7 +2678,6 @@ static void run_logits(Session *s) {
     need_state(s, ids->n, 0, 1);
     judge_text(s, NULL);
 }
-
 static void run_tokens(Session *s) {
     Text *text = given_text(s);
     for (size_t i = text->bos; i < text->ids.n; i++) print(&s->out, "%d\n", text->ids.at[i]);
@@ -2795,25 +2790,30 @@ enum { CHAINS = 12, ROUNDS = 64, ROUND = CHAINS * LANES * 4, TRIALS = 5 };
 // then logits. A share is of the row `limit`: a step takes `cost` of its units.
 typedef struct {
     const char *name, *unit;
-    enum { STEPS, READ, MULTIPLY, DOT } what;
-    int n, from, batch, limit;
-    double worth, cost, speed[TRIALS];
-    const uint8_t *at;
+    enum { STEPS, READ, MULTIPLY, DOT, DOT_PAIRS } what;
+    int n, from, batch, limit; double worth, cost, speed[TRIALS]; const uint8_t *at;
 } Trial;
 
 // An item is ROUNDS times CHAINS registers read, multiply-adds or dot products of them.
-static void strain(void *job, int thread, int first, int end) {
-    const Trial *t = job;
+INLINE void strain_by(int what, const Trial *t, size_t first, size_t end) {
     IntPart sum[CHAINS], x = (IntPart)((float)t->n - (FloatPart){0});
-    (void)thread;
     UNROLL for (int j = 0; j < CHAINS; j++) sum[j] = x + j;
-    for (size_t i = (size_t)first * ROUNDS; i < (size_t)end * ROUNDS; i++)
+    for (size_t i = first * ROUNDS; i < end * ROUNDS; i++)
         UNROLL for (int j = 0; j < CHAINS; j++)
-            if (t->what == READ) sum[j] ^= ((const LooseInts *)(t->at + i * ROUND))[j];
-            else if (t->what == DOT) sum[j] = dot4(sum[j], x, sum[j]);  // x and x would share one
+            if (what == READ) sum[j] ^= ((const LooseInts *)(t->at + i * ROUND))[j];
+            else if (what == DOT) sum[j] = dot4(sum[j], x, sum[j]);  // x and x would share one
+            else if (what == DOT_PAIRS) sum[j] = dot_pairs(sum[j], x, sum[j]);
             else sum[j] = (IntPart)fused((FloatPart)x, (FloatPart)x, (FloatPart)sum[j]);
     UNROLL for (int j = 1; j < CHAINS; j++) sum[0] ^= sum[j];
     (void)*(volatile IntPart *)sum;  // so that no work is left out
+}
+static void strain(void *job, int thread, int first, int end) {
+    const Trial *t = job;
+    (void)thread;
+    if (t->what == READ) strain_by(READ, t, first, end);
+    if (t->what == MULTIPLY) strain_by(MULTIPLY, t, first, end);
+    if (t->what == DOT) strain_by(DOT, t, first, end);
+    if (t->what == DOT_PAIRS) strain_by(DOT_PAIRS, t, first, end);
 }
 
 // How often a second an item or step is done, times its worth. The text is in the cache already.
@@ -2823,7 +2823,7 @@ static double attempt(Session *s, Trial *t, Text *text) {
     for (; t->what != STEPS && seconds() < start + .2; times++) parallel(&s->pool, t->n, strain, t);
     for (text->pos = t->from; t->what == STEPS && text->pos < t->from + t->n; catch_up(s, text))
         text->ids.n = (size_t)(text->pos + t->batch);
-    return t->worth * t->n * fmax(times, 1) / (seconds() - start);
+    return (t->what == STEPS ? 1 : times * t->worth) * t->n / (seconds() - start);
 }
 static int rising(const void *a, const void *b) {
     return *(const double *)a < *(const double *)b ? -1 : *(const double *)a > *(const double *)b;
@@ -2838,7 +2838,8 @@ static void print_median(Session *s, const char *name, const char *end, const do
 // tried in turn and each share is of one turn, as a shared machine drifts; medians are printed.
 static void run_bench(Session *s) {
     need_state(s, 0, INFINITY, 1);
-    Cost cost = cost_of(&s->model.config);
+    const Config *c = &s->model.config;
+    Cost cost = cost_of(c);
     int context = s->state.context, prompt = least(512, context), items = s->pool.threads << 12;
     int depth = least((int)s->options->depth, context - 1);
     int n = (int)fmin((double)(s->model.file.size / (ROUNDS * ROUND)), INT_MAX);
@@ -2847,19 +2848,18 @@ static void run_bench(Session *s) {
     enum { SUMS, DOTS, PROMPT, READS, DECODE, DEEP };
     Trial trials[] = {
         {"multiply-add", "GFLOP/s", MULTIPLY, items, .worth = sums},
-        {"dot-product", "GOP/s", DOT, items, .worth = sums * 4},
+        {"dot-product", "GOP/s", c->type == Q4 ? DOT_PAIRS : DOT, items, .worth = sums * 4},
         {"prompt", "tokens/s", STEPS, prompt, 0, prompt,
-         is_quantized(s->model.config.type) ? DOTS : SUMS, 1, .cost = 2e-9 * cost.products},
+         is_quantized(c->type) ? DOTS : SUMS, .cost = 2e-9 * cost.products},
         {"read", "GB/s", READ, n, .worth = bytes, .at = s->model.file.at},
-        {"decode", "tokens/s", STEPS, least(64, context), 0, 1, READS, 1,
-         .cost = 1e-9 * cost.bytes},
-        {"decode-deep", "tokens/s", STEPS, least(64, context - depth), depth, 1, DECODE, 1,
+        {"decode", "tokens/s", STEPS, least(64, context), 0, 1, READS, .cost = 1e-9 * cost.bytes},
+        {"decode-deep", "tokens/s", STEPS, least(64, context - depth), depth, 1, DECODE,
          .cost = 1}};
     int count = depth > 0 ? COUNT(trials) : DEEP;
     Text text = {0};
     Progress progress = {"measuring", TRIALS * count, seconds(), 0};
     for (int i = 0; i < most(prompt, depth + 64) && i < context; i++)
-        push(&text.ids, i * 7 % s->model.config.vocab_size);
+        push(&text.ids, i * 7 % c->vocab_size);
     catch_up(s, &text);
     for (int i = 0; i < TRIALS * count; i++) {
         trials[i % count].speed[i / count] = attempt(s, &trials[i % count], &text);
