@@ -702,7 +702,7 @@ INLINE f32v lesser_of(f32v a, f32v b) { return choose(less(b, a), b, a); }
 #endif
 
 #if defined STEPS_AVX512 || defined __AVXVNNI__
-enum { Q8_ZERO = 128, PAIRS = 0, Q_TOKENS = LANES == 16 ? 8 : 6 };
+enum { Q8_ZERO = 128, PAIRS = 0, Q_TOKENS = LANES == 16 ? 8 : 6, NEAR = 2560 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #if defined STEPS_AVX512
     return (IntPart)_mm512_dpbusd_epi32((Ints)sum, (Ints)w, (Ints)x);
@@ -711,7 +711,7 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #endif
 }
 #elif defined STEPS_AVX2
-enum { Q8_ZERO = 0, PAIRS = 1, Q_TOKENS = 5 };
+enum { Q8_ZERO = 0, PAIRS = 1, Q_TOKENS = 5, NEAR = 1024 };
 INLINE IntPart at_once(IntPart v) { __asm__("" : "+v"(v)); return v; }
 INLINE IntPart add_pairs(IntPart sum, IntPart pairs) {
     return at_once(sum + (IntPart)_mm256_madd_epi16((Ints)pairs, _mm256_set1_epi16(1)));
@@ -726,7 +726,7 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
     return add_pairs(sum, (IntPart)_mm256_maddubs_epi16(size, turned));
 }
 #elif defined STEPS_NEON
-enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 4 };
+enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 4, NEAR = 2560 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #if defined __ARM_FEATURE_DOTPROD
     return (IntPart)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
@@ -737,7 +737,7 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #endif
 }
 #else
-enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 2 };
+enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 2, NEAR = 2560 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
     UNROLL for (int up = 0; up < 32; up += 8)  // shifts bring byte 3, 2, 1, 0 down, signed
         sum += ((IntPart)((BitPart)w << up) >> 24) * ((IntPart)((BitPart)x << up) >> 24);
@@ -861,13 +861,14 @@ INLINE void store_some(float *out, f32v v, int n) {
 
 // A unit of a matmul is GROUP rows, or MOST_ROWS for float weights and many tokens, which are then
 // read half as often (Zen 5, bf16: 5 % with half the COLUMNS). Float tiles have F_ROWS and COLUMNS
-// made floats at once. AHEAD are the bytes that decoding sends for in front of where it is.
+// made floats at once. AHEAD are the bytes that decoding sends for in front of where it is, NEAR
+// for a model that no cache holds (64 MB: Zen 3 is 7 % faster, and 20 % slower with one it holds).
 enum { Q4_ZERO = 8, AHEAD = 2560, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512 };
 
 // What goes into a product, n rows of cols numbers: for float weights vectors, the last padded with
 // zeros, for quantized ones groups of 32, whole numbers of -127 to 127 times a scale.
 typedef struct {
-    Type type; int cols, n;
+    Type type; int cols, n, ahead;
     float *vector;   // (n / F_TOKENS, vectors of a row, F_TOKENS or n if fewer, 16)
     int8_t *q;       // (n / Q_TOKENS, groups of a row, Q_TOKENS, GROUP)
     float *scale;    // (n / Q_TOKENS, groups of a row, Q_TOKENS)
@@ -936,7 +937,7 @@ INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
 // a line is one register, the weights of q4 (a Xeon: 8 to 12 %).
 //
 // Many tokens: each tile sends for its share of the next panels (5 %). One: each line for the one
-// AHEAD of it, in the next panels where these end, each group for its scales there (q4: 1.3 times
+// ahead of it, in the next panels where these end, each group for its scales there (q4: 1.3 times
 // faster), in few instructions. Not by prefetchnta, which makes a Xeon decode 3 times slower.
 INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const Inputs *in, int t0,
                    Type type, const Scratch *own, const int T) {
@@ -948,13 +949,13 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
     const size_t step = panel + P <= (int)panel_count(rows) ? bytes : 0;  // 0: read the last twice
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
     const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + P * step;
-    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + AHEAD;
+    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + in->ahead;
     const int8_t *q = in->q + first * GROUP;
     const float *scale = in->scale + first;
     const int32_t *start = in->start + first;
     f32v sum[P][Q_TOKENS] = {0};
     for (int g = 0; g < groups; g++, lines += size, soon += size, scales += PANEL * 2) {
-        if (g == groups - AHEAD / (int)size) soon += P * step - (size_t)groups * size;
+        if (g == groups - in->ahead / (int)size) soon += P * step - (size_t)groups * size;
         i32v whole[P][Q_TOKENS];
         if (T == Q_TOKENS) __builtin_prefetch(next + (size_t)(t0 / T * groups + g) * LINE, 0, 2);
         UNROLL for (int t = 0; t < T * chains; t++) UNROLL for (int p = 0; p < P; p++)
@@ -1412,11 +1413,11 @@ typedef struct State {
 } State;
 static int widest(const Config *c) { return most(most(c->dim, c->hidden_dim), q_dim(c)); }
 static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
-static Inputs deal_inputs(Arena *a, Type type, int n, int cols) {
+static Inputs deal_inputs(Arena *a, Type type, int n, int cols, size_t model_bytes) {
     const size_t q = is_quantized(type) ? round_up((size_t)n, Q_TOKENS) * group_count(cols) : 0;
     const size_t f = is_quantized(type) ? 0 : round_up((size_t)n, F_TOKENS) * vector_count(cols);
-    return (Inputs){type, cols, n, DEAL(a, float, f * WIDTH), DEAL(a, int8_t, q * GROUP),
-                    DEAL(a, float, q), DEAL(a, int32_t, q)};
+    return (Inputs){type, cols, n, model_bytes >> 26 ? NEAR : AHEAD, DEAL(a, float, f * WIDTH),
+                    DEAL(a, int8_t, q * GROUP), DEAL(a, float, q), DEAL(a, int32_t, q)};
 }
 static Scratch deal_scratch(Arena *a, const Config *c, int n, size_t answer) {
     const size_t q = is_quantized(c->type), f = !q, rows = (size_t)n * MOST_ROWS;
@@ -1437,8 +1438,8 @@ static void lay_out(State *s, Arena *a) {
     s->v = s->branch = DEAL(a, float, batch * (size_t)most(c->dim, kv_dim(c)));
     s->q = s->y = DEAL(a, float, batch * (size_t)wide);
     s->k = DEAL(a, float, batch * (size_t)kv_dim(c));
-    s->in = deal_inputs(a, c->type, s->batch, wide);
-    s->gated = deal_inputs(a, c->type, s->batch, c->hidden_dim);
+    s->in = deal_inputs(a, c->type, s->batch, wide, s->model->file.size);
+    s->gated = deal_inputs(a, c->type, s->batch, c->hidden_dim, s->model->file.size);
     s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
     s->logits = DEAL(a, float, (size_t)s->logit_rows * (size_t)c->vocab_size);
     s->records = most(s->batch, least(s->batch + context / BLOCK, INT_MAX / c->n_kv_heads));
@@ -2787,11 +2788,11 @@ static void run_quantize(Session *s) {
 enum { CHAINS = 12, ROUNDS = 64, ROUND = CHAINS * LANES * 4, TRIALS = 5 };
 
 // n items of a ceiling, over and over, or n steps from position `from` on, `batch` at a time and
-// then logits. A share is of the row `limit`: a step takes `cost` of its units.
+// then logits. A share is of the row `limit`: `use` are the units of it that a step takes.
 typedef struct {
     const char *name, *unit;
     enum { STEPS, READ, MULTIPLY, DOT, DOT_PAIRS } what;
-    int n, from, batch, limit; double worth, cost, speed[TRIALS]; const uint8_t *at;
+    int n, from, batch, limit; double worth, use, speed[TRIALS]; const uint8_t *at;
 } Trial;
 
 // An item is ROUNDS times CHAINS registers read, multiply-adds or dot products of them.
@@ -2850,11 +2851,10 @@ static void run_bench(Session *s) {
         {"multiply-add", "GFLOP/s", MULTIPLY, items, .worth = sums},
         {"dot-product", "GOP/s", c->type == Q4 ? DOT_PAIRS : DOT, items, .worth = sums * 4},
         {"prompt", "tokens/s", STEPS, prompt, 0, prompt,
-         is_quantized(c->type) ? DOTS : SUMS, .cost = 2e-9 * cost.products},
+         is_quantized(c->type) ? DOTS : SUMS, .use = 2e-9 * cost.products},
         {"read", "GB/s", READ, n, .worth = bytes, .at = s->model.file.at},
-        {"decode", "tokens/s", STEPS, least(64, context), 0, 1, READS, .cost = 1e-9 * cost.bytes},
-        {"decode-deep", "tokens/s", STEPS, least(64, context - depth), depth, 1, DECODE,
-         .cost = 1}};
+        {"decode", "tokens/s", STEPS, least(64, context), 0, 1, READS, .use = 1e-9 * cost.bytes},
+        {"decode-deep", "tokens/s", STEPS, least(64, context - depth), depth, 1, DECODE, .use = 1}};
     int count = depth > 0 ? COUNT(trials) : DEEP;
     Text text = {0};
     Progress progress = {"measuring", TRIALS * count, seconds(), 0};
@@ -2869,7 +2869,7 @@ static void run_bench(Session *s) {
     for (Trial *t = trials; t < trials + count; t++) {
         double shares[TRIALS];
         for (int i = 0; i < TRIALS; i++)
-            shares[i] = 100 * t->speed[i] * t->cost / trials[t->limit].speed[i];
+            shares[i] = 100 * t->speed[i] * t->use / trials[t->limit].speed[i];
         if (t == trials + DEEP) print(&s->out, "depth %d tokens\n", depth);
         print_median(s, t->name, "", t->speed), print(&s->out, " %s\n", t->unit);
         if (t->what == STEPS) print_median(s, t->name, "-share", shares), print(&s->out, " %%\n");

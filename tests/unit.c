@@ -552,8 +552,8 @@ static void prepare_rows(Inputs *in, const float *x, int n) {
 static Inputs new_inputs(Type type, const float *x, int n, int cols) {
     size_t groups = round_up((size_t)n, Q_TOKENS) * group_count(cols);
     size_t vectors = round_up((size_t)n, F_TOKENS) * vector_count(cols);
-    Inputs in = {type, cols, n, NEW(float, vectors * WIDTH), NEW(int8_t, groups * GROUP),
-                 NEW(float, groups), NEW(int32_t, groups)};
+    Inputs in = {type, cols, n, n % 2 ? NEAR : AHEAD, NEW(float, vectors * WIDTH),
+                 NEW(int8_t, groups * GROUP), NEW(float, groups), NEW(int32_t, groups)};
     prepare_rows(&in, x, n);
     return in;
 }
