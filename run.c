@@ -52,14 +52,15 @@ enum { FAILED = 1, MISUSED = 2 };  // exit statuses; 0 is success
 
 // Print "run: ..." as one line and exit: for what the user can mend, paths, files, options. Text
 // from files may hold anything, so control characters are not passed on to a terminal.
-__attribute__((noreturn, format(printf, 2, 3))) static void quit(int code, const char *text, ...) {
+__attribute__((noreturn, format(printf, 2, 3)))
+static void quit(int status, const char *format, ...) {
     char line[2048];
     va_list args;
-    va_start(args, text);
-    vsnprintf(line, sizeof line, text, args);
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
     for (char *c = line; *c; c++) *c = iscntrl((unsigned char)*c) ? '?' : *c;
     fprintf(stderr, "run: %s\n", line);
-    exit(code);
+    exit(status);
 }
 #define die(...) quit(FAILED, __VA_ARGS__)
 #define misuse(...) quit(MISUSED, __VA_ARGS__)
@@ -620,6 +621,7 @@ INLINE f32v magnitude(f32v a) { MAP(f32v, (FloatPart)((IntPart)a.p[k] & 0x7fffff
 INLINE f32v choose(i32v mask, f32v a, f32v b) {
     MAP(f32v, (FloatPart)(((IntPart)a.p[k] & mask.p[k]) | ((IntPart)b.p[k] & ~mask.p[k])));
 }
+
 INLINE i32v load_line(const void *line) { MAP(i32v, ((const LooseInts *)line)[k]); }
 INLINE f32v load_f32(const float *x) { return as_float(load_line(x)); }
 INLINE void store_f32(float *x, f32v v) { EACH_PART ((LooseInts *)x)[k] = (IntPart)v.p[k]; }
@@ -702,7 +704,7 @@ INLINE f32v lesser_of(f32v a, f32v b) { return choose(less(b, a), b, a); }
 #endif
 
 #if defined STEPS_AVX512 || defined __AVXVNNI__
-enum { Q8_ZERO = 128, PAIRS = 0, Q_TOKENS = LANES == 16 ? 8 : 6, NEAR = 2560 };
+enum { Q8_ZERO = 128, PAIRS = 0, Q_TOKENS = LANES == 16 ? 8 : 6 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #if defined STEPS_AVX512
     return (IntPart)_mm512_dpbusd_epi32((Ints)sum, (Ints)w, (Ints)x);
@@ -711,7 +713,7 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #endif
 }
 #elif defined STEPS_AVX2
-enum { Q8_ZERO = 0, PAIRS = 1, Q_TOKENS = 5, NEAR = 1024 };
+enum { Q8_ZERO = 0, PAIRS = 1, Q_TOKENS = 5 };
 INLINE IntPart at_once(IntPart v) { __asm__("" : "+v"(v)); return v; }
 INLINE IntPart add_pairs(IntPart sum, IntPart pairs) {
     return at_once(sum + (IntPart)_mm256_madd_epi16((Ints)pairs, _mm256_set1_epi16(1)));
@@ -726,7 +728,7 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
     return add_pairs(sum, (IntPart)_mm256_maddubs_epi16(size, turned));
 }
 #elif defined STEPS_NEON
-enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 4, NEAR = 2560 };
+enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 4 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #if defined __ARM_FEATURE_DOTPROD
     return (IntPart)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
@@ -737,7 +739,7 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #endif
 }
 #else
-enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 2, NEAR = 2560 };
+enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 2 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
     UNROLL for (int up = 0; up < 32; up += 8)  // shifts bring byte 3, 2, 1, 0 down, signed
         sum += ((IntPart)((BitPart)w << up) >> 24) * ((IntPart)((BitPart)x << up) >> 24);
@@ -861,14 +863,16 @@ INLINE void store_some(float *out, f32v v, int n) {
 
 // A unit of a matmul is GROUP rows, or MOST_ROWS for float weights and many tokens, which are then
 // read half as often (Zen 5, bf16: 5 % with half the COLUMNS). Float tiles have F_ROWS and COLUMNS
-// made floats at once. AHEAD are the bytes that decoding sends for in front of where it is, NEAR
-// for a model that no cache holds (64 MB: Zen 3 is 7 % faster, and 20 % slower with one it holds).
-enum { Q4_ZERO = 8, AHEAD = 2560, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512 };
+// made floats at once. Weights are sent for AHEAD bytes in front of where a tile is. Decoding with
+// AVX2 takes NEAR if no cache has HELD the model (Zen 3: 7 % faster; with one it holds 20 % slower).
+enum { Q4_ZERO = 8, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512 };
+enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : AHEAD, HELD = 64 << 20 };
 
 // What goes into a product, n rows of cols numbers: for float weights vectors, the last padded with
 // zeros, for quantized ones groups of 32, whole numbers of -127 to 127 times a scale.
 typedef struct {
-    Type type; int cols, n, ahead;
+    Type type; int cols, n;
+    int ahead;       // AHEAD or NEAR
     float *vector;   // (n / F_TOKENS, vectors of a row, F_TOKENS or n if fewer, 16)
     int8_t *q;       // (n / Q_TOKENS, groups of a row, Q_TOKENS, GROUP)
     float *scale;    // (n / Q_TOKENS, groups of a row, Q_TOKENS)
@@ -1416,7 +1420,7 @@ static const float *vector(const Tensor *w) { return (const float *)(const void 
 static Inputs deal_inputs(Arena *a, Type type, int n, int cols, size_t model_bytes) {
     const size_t q = is_quantized(type) ? round_up((size_t)n, Q_TOKENS) * group_count(cols) : 0;
     const size_t f = is_quantized(type) ? 0 : round_up((size_t)n, F_TOKENS) * vector_count(cols);
-    return (Inputs){type, cols, n, model_bytes >> 26 ? NEAR : AHEAD, DEAL(a, float, f * WIDTH),
+    return (Inputs){type, cols, n, model_bytes > HELD ? NEAR : AHEAD, DEAL(a, float, f * WIDTH),
                     DEAL(a, int8_t, q * GROUP), DEAL(a, float, q), DEAL(a, int32_t, q)};
 }
 static Scratch deal_scratch(Arena *a, const Config *c, int n, size_t answer) {
@@ -1826,6 +1830,7 @@ static uint32_t next_code(const uint8_t **at, const uint8_t *end) {
     *at = p;
     return code;
 }
+
 static void append_code(Bytes *out, uint32_t code) {
     size_t n = code < 0x80 || code >= UNICODE ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     char c[4];
@@ -2679,6 +2684,7 @@ static void run_logits(Session *s) {
     need_state(s, ids->n, 0, 1);
     judge_text(s, NULL);
 }
+
 static void run_tokens(Session *s) {
     Text *text = given_text(s);
     for (size_t i = text->bos; i < text->ids.n; i++) print(&s->out, "%d\n", text->ids.at[i]);
@@ -2792,10 +2798,13 @@ enum { CHAINS = 12, ROUNDS = 64, ROUND = CHAINS * LANES * 4, TRIALS = 5 };
 typedef struct {
     const char *name, *unit;
     enum { STEPS, READ, MULTIPLY, DOT, DOT_PAIRS } what;
-    int n, from, batch, limit; double worth, use, speed[TRIALS]; const uint8_t *at;
+    int n, from, batch, limit;
+    double worth, use, speed[TRIALS];
+    const uint8_t *at;
 } Trial;
 
-// An item is ROUNDS times CHAINS registers read, multiply-adds or dot products of them.
+// An item is ROUNDS times CHAINS registers read, multiply-adds or dot products of them. Each has a
+// loop of its own: gcc 12 leaves the choice in a common one (Zen 3, q4: 160 GOP/s instead of 240).
 INLINE void strain_by(int what, const Trial *t, size_t first, size_t end) {
     IntPart sum[CHAINS], x = (IntPart)((float)t->n - (FloatPart){0});
     UNROLL for (int j = 0; j < CHAINS; j++) sum[j] = x + j;

@@ -18,7 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DATA = os.path.join(ROOT, "tests", "data")
 HASHES = os.path.join(DATA, "hashes.txt")
 
-MACHINES = [  # name (15 letters at most), flags
+MACHINES = [  # name, flags
     ("AVX-512", "-march=x86-64-v4 -mavx512vnni"),
     ("AVX-VNNI", "-march=x86-64-v3 -mavxvnni"),
     ("AVX2", "-march=x86-64-v3"),
@@ -106,7 +106,7 @@ def lacking(machine):
     return [name for name in NEEDS.get(machine, "").split() if name not in has]
 
 
-def try_platform(place, name, compiler, flags, starter, made):
+def try_platform(place, machine, compiler, flags, starter, made):
     """Its hashes; or why there are none, and whether that is a failure."""
     for tool in shlex.split(compiler)[0], starter:
         if tool and not shutil.which(tool):
@@ -114,7 +114,7 @@ def try_platform(place, name, compiler, flags, starter, made):
     try:
         program = build(place, compiler, flags)
         start = [starter] * bool(starter) + [program]
-        lacks = lacking(name[:16].rstrip())
+        lacks = lacking(machine)
         if lacks:
             return None, "built, but this processor lacks " + " ".join(lacks), False
         return hashes(start, place, made), "", False
@@ -139,13 +139,13 @@ def main(wanted_names):
     write = "--write" in wanted_names
     names = [name for name in wanted_names if name != "--write"]
     wanted, passed, failed = read_wanted(), 0, 0
-    platforms = [("%-16s%s" % (machine, tools), compiler, flags, starter)
+    platforms = [("%-16s%s" % (machine, tools), machine, compiler, flags, starter)
                  for tools, compiler, machines, starter in COMPILERS for machine, flags in machines]
     print("%-30s%s" % ("", "".join("%-8s " % name for name in COLUMNS)))
     with tempfile.TemporaryDirectory(prefix="llama02-platforms-") as place, \
             concurrent.futures.ThreadPoolExecutor(int(os.environ.get("JOBS", 2))) as pool:
         made = sources(place)
-        jobs = [(p[0], pool.submit(try_platform, os.path.join(place, str(i)), *p, made))
+        jobs = [(p[0], pool.submit(try_platform, os.path.join(place, str(i)), *p[1:], made))
                 for i, p in enumerate(platforms) if all(name in p[0] for name in names)]
         for name, job in jobs:
             got, why, bad = job.result()
