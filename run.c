@@ -864,7 +864,7 @@ INLINE void store_some(float *out, f32v v, int n) {
 // A unit of a matmul is GROUP rows, or MOST_ROWS for float weights and many tokens, which are then
 // read half as often (Zen 5, bf16: 5 % with half the COLUMNS). Float tiles have F_ROWS and COLUMNS
 // made floats at once. Weights are sent for AHEAD bytes in front of where a tile is. Decoding with
-// AVX2 takes NEAR if no cache has HELD the model (Zen 3: 7 % faster; with one it holds 20 % slower).
+// AVX2 takes NEAR if no cache has HELD the model (Zen 3: 7 % faster; held ones 20 % slower).
 enum { Q4_ZERO = 8, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512 };
 enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : AHEAD, HELD = 64 << 20 };
 
