@@ -370,7 +370,7 @@ static void the_exponential_has_an_answer_for_everything(void) {
 }
 
 static void sixteen_lanes_are_joined_in_one_order(void) {
-    float out[4], *x = random_numbers(4 * WIDTH, 1);
+    float *x = random_numbers(4 * WIDTH, 1);
     for (int i = 0; i < 4 * WIDTH; i++)
         x[i] = i % 3 ? x[i] : x[i] * 1e6f;  // so that another order gives other bits
     for (int k = 0; k < 4; k++) {
@@ -380,12 +380,33 @@ static void sixteen_lanes_are_joined_in_one_order(void) {
         float wanted = a + b, got = join(load_f32(v));
         EXPECT_BITS(&got, &wanted, 1);
     }
-    join4(out, load_f32(x), load_f32(x + 16), load_f32(x + 32), load_f32(x + 48));
+    f32v four[4];
+    for (int k = 0; k < 4; k++)
+        four[k] = load_f32(x + k * WIDTH);
+    Four sums = join4(four);
     for (int k = 0; k < 4; k++) {
-        float wanted = join(load_f32(x + k * WIDTH));
-        EXPECT_BITS(out + k, &wanted, 1);
+        float wanted = join(four[k]), got = sums[k];
+        EXPECT_BITS(&got, &wanted, 1);
     }
     free(x);
+}
+
+static void the_greatest_lane_is_found_wherever_it_is(void) {
+    f32v four[4];
+    float x[4][WIDTH];
+    for (int lane = 0; lane < WIDTH; lane++) {
+        for (int k = 0; k < 4; k++) {
+            for (int i = 0; i < WIDTH; i++)
+                x[k][i] = (float)(k - 2 - i);
+            x[k][(lane + k) % WIDTH] = (float)(100 * k + lane);
+            four[k] = load_f32(x[k]);
+        }
+        Four peaks = greatest4(four);
+        for (int k = 0; k < 4; k++) {
+            EXPECT_NEAR(greatest(four[k]), 100 * k + lane, 0);
+            EXPECT_NEAR(peaks[k], 100 * k + lane, 0);
+        }
+    }
 }
 
 // A register of dot4 against plain C. `w` are the weights as they enter, `zero` included.
@@ -443,31 +464,6 @@ static void part_of_a_vector_is_loaded_and_stored(void) {
 
 // ------------------------------------------------------------------------------------------------
 // Room 6: weights
-
-static void activations_become_whole_numbers_of_127ths(void) {
-    float *x = random_numbers(GROUP * 50, 1), scale;
-    int8_t q[GROUP];
-    Inputs in = {.q = q, .scale = &scale};
-    for (int g = 0; g < 50; g++) {
-        float *group = x + g * GROUP, peak = 0;
-        for (int i = 0; i < GROUP; i++) {
-            group[i] *= powf(10, (float)(g % 20 - 10));
-            peak = fabsf(group[i]) > peak ? fabsf(group[i]) : peak;
-        }
-        int sum = quantize_group(&in, 0, load_f32(group), load_f32(group + WIDTH)), wanted = 0;
-        EXPECT_NEAR(scale, peak / 127, peak * 1e-7f);
-        for (int i = 0; i < GROUP; i++) {
-            wanted += q[i];
-            EXPECT(q[i] >= -127);
-            EXPECT_NEAR((float)q[i] * scale, group[i], 0.50001f * scale);
-        }
-        EXPECT_INT(sum, wanted);
-    }
-    memset(x, 0, GROUP * sizeof *x);
-    EXPECT_INT(quantize_group(&in, 0, load_f32(x), load_f32(x + WIDTH)), 0);
-    EXPECT_NEAR(scale, 0, 0);
-    free(x);
-}
 
 static void quantized_weights_come_back_within_half_a_step(void) {
     static const int cols[] = {1, 31, 32, 33, 172};
@@ -545,7 +541,7 @@ static void the_error_that_packing_reports_is_the_error_it_made(void) {
 static void prepare_rows(Inputs *in, const float *x, int n) {
     in->n = n;
     for (int t = 0; t < n; t++)
-        prepare(in, t, 0, x + t * in->cols, in->cols);
+        prepare_row(in, t, x + t * in->cols);
 }
 
 // Inputs of n rows x for weights of a type, each array by itself: a sanitizer then sees its end.
@@ -563,6 +559,37 @@ static void free_inputs(Inputs *in) {
     free(in->q);
     free(in->scale);
     free(in->start);
+}
+
+// Rows of 5 groups and a bit, so that four groups at once end in each place; one row is zeros.
+static void activations_become_whole_numbers_of_127ths(void) {
+    enum { TOKENS = 11, COLS = 5 * GROUP + 3, GROUPS = 6 };
+    float x[TOKENS][GROUPS * GROUP] = {0}, packed[TOKENS][COLS];
+    uint32_t seed = 1;
+    for (int t = 0; t < TOKENS; t++) {
+        for (int i = 0; i < COLS; i++)
+            x[t][i] = t == 3 ? 0 : random_number(&seed) * powf(10, (float)(i / GROUP * 4 - 10));
+        memcpy(packed[t], x[t], sizeof packed[t]);
+    }
+    Inputs in = new_inputs(Q8, packed[0], TOKENS, COLS);
+    for (int t = 0; t < TOKENS; t++)
+        for (int g = 0; g < GROUPS; g++) {
+            const float *group = x[t] + g * GROUP;
+            size_t at = tiled(GROUPS, Q_TOKENS, t, (size_t)g);
+            int sum = 0;
+            float peak = 0;
+            for (int i = 0; i < GROUP; i++)
+                peak = fmaxf(peak, fabsf(group[i]));
+            EXPECT_NEAR(in.scale[at], peak / 127, peak * 1e-7f);
+            for (int i = 0; i < GROUP; i++) {
+                int q = in.q[at * GROUP + (size_t)i];
+                sum += q;
+                EXPECT(q >= -127);
+                EXPECT_NEAR((float)q * in.scale[at], group[i], 0.50001f * in.scale[at]);
+            }
+            EXPECT_INT(in.start[at], ROUNDER_BITS - Q8_ZERO * sum);
+        }
+    free_inputs(&in);
 }
 
 static Scratch *new_scratch(int threads, int tokens, int cols) {
@@ -1690,6 +1717,7 @@ static const Test tests[] = {
     TEST(the_exponential_is_within_an_ulp_or_so_of_libm),
     TEST(the_exponential_has_an_answer_for_everything),
     TEST(sixteen_lanes_are_joined_in_one_order),
+    TEST(the_greatest_lane_is_found_wherever_it_is),
     TEST(dot4_is_the_product_of_four_bytes),
     TEST(part_of_a_vector_is_loaded_and_stored),
     TEST(activations_become_whole_numbers_of_127ths),
