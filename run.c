@@ -663,10 +663,13 @@ static uint16_t narrow_half(float x) {
 //   dot_pairs    where the step to 32 bits is dear, a group of q4 is summed in pairs of 16 bits
 //                first, and add_pairs ends it (AVX2: 1.6 times faster)
 //   at_once      gcc 12 otherwise adds a group's products up last (Zen 3: q8 1.1, q4 1.5 times)
+//   in_turn      what is at `at` is used after v is known: gcc 12 otherwise sends for all lines of a
+//                group in one burst (Zen 3: decoding 2 to 5 % slower)
 #if defined X86
 INLINE Halves load_halves(const uint16_t *x) { Halves h; memcpy(&h, x, sizeof h); return h; }
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) { return X86(fmadd_ps)(a, b, c); }
 INLINE f32v hold(f32v v) { EACH_PART __asm__("" : "+v"(v.p[k])); return v; }
+INLINE void in_turn(const uint8_t **at, IntPart *v) { __asm__("" : "+r"(*at), "+v"(*v)); }
 INLINE f32v greater_of(f32v a, f32v b) { MAP(f32v, X86(max_ps)(b.p[k], a.p[k])); }
 INLINE f32v lesser_of(f32v a, f32v b) { MAP(f32v, X86(min_ps)(b.p[k], a.p[k])); }
 INLINE FloatPart wide_f16(const uint16_t *x) { return X86(cvtph_ps)(load_halves(x)); }
@@ -699,6 +702,7 @@ INLINE void narrow_f16(uint16_t *out, FloatPart x) { EACH_LANE out[i] = narrow_h
 #endif
 #if !defined X86
 INLINE f32v hold(f32v v) { return v; }
+INLINE void in_turn(const uint8_t **at, IntPart *v) { (void)at, (void)v; }
 INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
 INLINE f32v lesser_of(f32v a, f32v b) { return choose(less(b, a), b, a); }
 #endif
@@ -887,7 +891,7 @@ INLINE void store_some(float *out, f32v v, int n) {
 // read half as often (Zen 5, bf16: 5 % with half the COLUMNS). Float tiles have F_ROWS and COLUMNS
 // made floats at once. Weights are sent for AHEAD bytes in front of where a tile is. Decoding with
 // AVX2 takes NEAR if no cache has HELD the model (Zen 3: 7 % faster; held ones 20 % slower).
-enum { Q4_ZERO = 8, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512 };
+enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, MOST_ROWS = 64, F_ROWS = 4, COLUMNS = 512 };
 enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : AHEAD, HELD = 64 << 20 };
 
 // What goes into a product, n rows of cols numbers: for float weights vectors, the last padded with
@@ -908,8 +912,8 @@ static size_t tiled(size_t count, int tile, int t, size_t i) {
 // that a row's end cuts short.
 typedef struct { int n; size_t at[4]; const float *x[4]; float some[4][GROUP]; } Groups;
 
-// Each four become whole numbers, the largest of which is 127, times a scale. (One by one prompts
-// are slower, on Zen 3 by 4 % for q8 and 7 % for q4.)
+// Each four become whole numbers, the largest of which is 127, times a scale. (Zen 3, one by one: 60
+// ns a group instead of 10, prompts of q8 4 and of q4 7 % slower.)
 static void quantize_groups(const Inputs *in, const Groups *g) {
     const int zero = in->type == Q8 ? Q8_ZERO : Q4_ZERO;
     const f32v rounder = spread(ROUNDER);
@@ -994,8 +998,7 @@ INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
 // ahead of it, in the next panels where these end, each group for its scales there (q4: 1.3 times
 // faster), in few instructions. Not by prefetchnta, which makes a Xeon decode 3 times slower.
 INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const Inputs *in, int t0,
-                   Type type, const Scratch *own, const int T) {
-    enum { P = Q_PANELS };
+                   Type type, const Scratch *own, const int T, const int P) {
     const int rows = w->rows, groups = (int)group_count(w->cols);
     const bool pairs = PAIRS && type == Q4, keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS;
     const int chains = T == 1 && !pairs ? 2 : 1;  // of sums: a step need not wait for the last
@@ -1003,25 +1006,25 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
     const size_t step = panel + P <= (int)panel_count(rows) ? bytes : 0;  // 0: read the last twice
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
     const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + P * step;
-    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + in->ahead;
+    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon[UNIT_PANELS], *at[UNIT_PANELS];
     const int8_t *q = in->q + first * GROUP;
     const float *scale = in->scale + first;
     const int32_t *start = in->start + first;
-    f32v sum[P][Q_TOKENS] = {0};
-    for (int g = 0; g < groups; g++, lines += size, soon += size, scales += PANEL * 2) {
-        if (g == groups - in->ahead / (int)size) soon += P * step - (size_t)groups * size;
-        i32v whole[P][Q_TOKENS];
+    f32v sum[UNIT_PANELS][Q_TOKENS] = {0};
+    UNROLL for (int p = 0; p < P; p++) at[p] = lines + (size_t)p * step, soon[p] = at[p] + in->ahead;
+    for (int g = 0; g < groups; g++, scales += PANEL * 2) {
+        if (g == groups - in->ahead / (int)size)
+            UNROLL for (int p = 0; p < P; p++) soon[p] += P * step - (size_t)groups * size;
+        i32v whole[UNIT_PANELS][Q_TOKENS];
         if (T == Q_TOKENS) __builtin_prefetch(next + (size_t)(t0 / T * groups + g) * LINE, 0, 2);
         UNROLL for (int t = 0; t < T * chains; t++) UNROLL for (int p = 0; p < P; p++)
             whole[p][t] = spread_int(pairs || t >= T ? 0 : start[g * Q_TOKENS + t]);
         UNROLL for (int i = 0; i < 8; i++) {
-            i32v line[P];
+            i32v line[UNIT_PANELS];
             UNROLL for (int p = 0; p < P; p++) {
-                line[p] = keeps && t0 > 0 ? own->line[g][p][i]
-                        : weights_of_line(type, lines + (size_t)p * step, i);
+                line[p] = keeps && t0 > 0 ? own->line[g][p][i] : weights_of_line(type, at[p], i);
                 if (keeps && t0 == 0) own->line[g][p][i] = line[p];
-                if (T == 1 && i * size % (8 * LINE) == 0)
-                    __builtin_prefetch(soon + (size_t)p * step + i * size / 8);
+                if (T == 1 && i * size % (8 * LINE) == 0) __builtin_prefetch(soon[p] + i * size / 8);
             }
             UNROLL for (int t = 0; t < T; t++) {
                 const int8_t *four = q + (size_t)(g * Q_TOKENS + t) * GROUP + 4 * i;
@@ -1029,7 +1032,10 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
                 UNROLL for (int p = 0; p < P; p++)
                     whole[p][t + i % chains] = dot(whole[p][t + i % chains], line[p], x, pairs);
             }
+            if (T == 1) UNROLL for (int p = 0; p < P; p++)
+                in_turn(&soon[p], &whole[p][i % chains].p[0]);
         }
+        UNROLL for (int p = 0; p < P; p++) at[p] += size, soon[p] += size;
         UNROLL for (int p = 0; p < P; p++) {
             const void *half = scales + (size_t)p * step;
             f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
@@ -1053,18 +1059,22 @@ static int unit_rows(const Inputs *in) {
     return is_quantized(in->type) || in->n < F_TOKENS ? GROUP : MOST_ROWS;
 }
 
-// All tokens against a unit, the widest tile first. Conditions as `Q > 4` halve a build's time.
+// All tokens against a unit, the widest tile first. Conditions as `Q > 4` halve a build's time. One
+// token takes all panels at once: memory gives more to who reads in two places (AVX2, Zen 3:
+// decoding 1.15 to 1.3 times faster; four are no better).
 INLINE void q_unit(float *out, size_t stride, const Tensor *w, int unit, const Inputs *in,
                    Type type, const Scratch *own) {
-    enum { P = Q_PANELS, Q = Q_TOKENS, PANELS = GROUP / PANEL };
-    const int n = in->n, all = (int)panel_count(w->rows);
-    for (int p = unit * PANELS; p < least((unit + 1) * PANELS, all); p += P, out += P * PANEL) {
-        int t = 0;
-        for (; n - t >= Q; t += Q) q_tile(out, stride, w, p, in, t, type, own, Q);
-        for (; Q > 4 && n - t >= 4; t += 4) q_tile(out, stride, w, p, in, t, type, own, 4);
-        for (; Q > 2 && n - t >= 2; t += 2) q_tile(out, stride, w, p, in, t, type, own, 2);
-        for (; t < n; t++) q_tile(out, stride, w, p, in, t, type, own, 1);
+    enum { P = Q_PANELS, Q = Q_TOKENS };
+    const int n = in->n, first = unit * UNIT_PANELS;
+    const int end = least(first + UNIT_PANELS, (int)panel_count(w->rows));
+    int t = 0;
+    for (int p = first; p < end; p += P) {
+        float *at = out + (p - first) * PANEL;
+        for (t = 0; n - t >= Q; t += Q) q_tile(at, stride, w, p, in, t, type, own, Q, P);
+        for (; Q > 4 && n - t >= 4; t += 4) q_tile(at, stride, w, p, in, t, type, own, 4, P);
+        for (; Q > 2 && n - t >= 2; t += 2) q_tile(at, stride, w, p, in, t, type, own, 2, P);
     }
+    if (t < n) q_tile(out, stride, w, first, in, t, type, own, 1, UNIT_PANELS);
 }
 
 // Float weights. Lane i of a sum takes columns i, i + 16, ..., so that a row is read as it lies.
@@ -2858,6 +2868,13 @@ typedef struct {
     const uint8_t *at;
 } Trial;
 
+// Reading is in four places at once: in one it is slower (Zen 3: 17 instead of 22 GB/s).
+INLINE const LooseInts *read_from(const Trial *t, size_t round, int chain) {
+    const size_t quarter = (size_t)t->n * ROUNDS * ROUND / 4;
+    const uint8_t *at = t->at + (size_t)(chain % 4) * quarter + round * (ROUND / 4);
+    return (const LooseInts *)at + chain / 4;
+}
+
 // An item is ROUNDS times CHAINS registers read, multiply-adds or dot products of them. Each has a
 // loop of its own: gcc 12 leaves the choice in a common one (Zen 3, q4: 160 GOP/s instead of 240).
 INLINE void strain_by(int what, const Trial *t, size_t first, size_t end) {
@@ -2865,7 +2882,7 @@ INLINE void strain_by(int what, const Trial *t, size_t first, size_t end) {
     UNROLL for (int j = 0; j < CHAINS; j++) sum[j] = x + j;
     for (size_t i = first * ROUNDS; i < end * ROUNDS; i++)
         UNROLL for (int j = 0; j < CHAINS; j++)
-            if (what == READ) sum[j] ^= ((const LooseInts *)(t->at + i * ROUND))[j];
+            if (what == READ) sum[j] ^= *read_from(t, i, j);
             else if (what == DOT) sum[j] = dot4(sum[j], x, sum[j]);  // x and x would share one
             else if (what == DOT_PAIRS) sum[j] = dot_pairs(sum[j], x, sum[j]);
             else sum[j] = (IntPart)fused((FloatPart)x, (FloatPart)x, (FloatPart)sum[j]);
