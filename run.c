@@ -663,8 +663,8 @@ static uint16_t narrow_half(float x) {
 //   dot_pairs    where the step to 32 bits is dear, a group of q4 is summed in pairs of 16 bits
 //                first, and add_pairs ends it (AVX2: 1.6 times faster)
 //   at_once      gcc 12 otherwise adds a group's products up last (Zen 3: q8 1.1, q4 1.5 times)
-//   in_turn      what is at `at` is used after v is known: gcc 12 otherwise sends for all lines of a
-//                group in one burst (Zen 3: decoding 2 to 5 % slower)
+//   in_turn      `at` is used after v is known: gcc 12 otherwise sends for all lines of a group in
+//                one burst (Zen 3: decoding 2 to 5 % slower)
 #if defined X86
 INLINE Halves load_halves(const uint16_t *x) { Halves h; memcpy(&h, x, sizeof h); return h; }
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) { return X86(fmadd_ps)(a, b, c); }
@@ -912,8 +912,8 @@ static size_t tiled(size_t count, int tile, int t, size_t i) {
 // that a row's end cuts short.
 typedef struct { int n; size_t at[4]; const float *x[4]; float some[4][GROUP]; } Groups;
 
-// Each four become whole numbers, the largest of which is 127, times a scale. (Zen 3, one by one: 60
-// ns a group instead of 10, prompts of q8 4 and of q4 7 % slower.)
+// Each four become whole numbers, the largest of which is 127, times a scale. (One by one, on Zen 3:
+// 60 ns a group instead of 10, prompts of q8 4 and of q4 7 % slower.)
 static void quantize_groups(const Inputs *in, const Groups *g) {
     const int zero = in->type == Q8 ? Q8_ZERO : Q4_ZERO;
     const f32v rounder = spread(ROUNDER);
@@ -1006,12 +1006,14 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
     const size_t step = panel + P <= (int)panel_count(rows) ? bytes : 0;  // 0: read the last twice
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
     const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + P * step;
-    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon[UNIT_PANELS], *at[UNIT_PANELS];
+    const uint8_t *scales = lines + line_bytes(type, w->cols);
+    const uint8_t *at[UNIT_PANELS], *soon[UNIT_PANELS];
     const int8_t *q = in->q + first * GROUP;
     const float *scale = in->scale + first;
     const int32_t *start = in->start + first;
     f32v sum[UNIT_PANELS][Q_TOKENS] = {0};
-    UNROLL for (int p = 0; p < P; p++) at[p] = lines + (size_t)p * step, soon[p] = at[p] + in->ahead;
+    UNROLL for (int p = 0; p < P; p++)
+        at[p] = lines + (size_t)p * step, soon[p] = at[p] + in->ahead;
     for (int g = 0; g < groups; g++, scales += PANEL * 2) {
         if (g == groups - in->ahead / (int)size)
             UNROLL for (int p = 0; p < P; p++) soon[p] += P * step - (size_t)groups * size;
@@ -1022,9 +1024,10 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
         UNROLL for (int i = 0; i < 8; i++) {
             i32v line[UNIT_PANELS];
             UNROLL for (int p = 0; p < P; p++) {
-                line[p] = keeps && t0 > 0 ? own->line[g][p][i] : weights_of_line(type, at[p], i);
+                const bool kept = keeps && t0 > 0, ask = T == 1 && i * size % (8 * LINE) == 0;
+                line[p] = kept ? own->line[g][p][i] : weights_of_line(type, at[p], i);
                 if (keeps && t0 == 0) own->line[g][p][i] = line[p];
-                if (T == 1 && i * size % (8 * LINE) == 0) __builtin_prefetch(soon[p] + i * size / 8);
+                if (ask) __builtin_prefetch(soon[p] + i * size / 8);
             }
             UNROLL for (int t = 0; t < T; t++) {
                 const int8_t *four = q + (size_t)(g * Q_TOKENS + t) * GROUP + 4 * i;
