@@ -664,12 +664,11 @@ static uint16_t narrow_half(float x) {
 //                first, and add_pairs ends it (AVX2: 1.6 times faster)
 //   at_once      gcc 12 otherwise adds a group's products up last (Zen 3: q8 1.1, q4 1.5 times)
 //   in_turn      `at` is used after v is known: gcc 12 otherwise sends for all lines of a group in
-//                one burst (Zen 3: decoding 2 to 5 % slower)
+//                one burst (Zen 3: decoding 2 to 5 % slower; a Xeon: faster, by as much)
 #if defined X86
 INLINE Halves load_halves(const uint16_t *x) { Halves h; memcpy(&h, x, sizeof h); return h; }
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) { return X86(fmadd_ps)(a, b, c); }
 INLINE f32v hold(f32v v) { EACH_PART __asm__("" : "+v"(v.p[k])); return v; }
-INLINE void in_turn(const uint8_t **at, IntPart *v) { __asm__("" : "+r"(*at), "+v"(*v)); }
 INLINE f32v greater_of(f32v a, f32v b) { MAP(f32v, X86(max_ps)(b.p[k], a.p[k])); }
 INLINE f32v lesser_of(f32v a, f32v b) { MAP(f32v, X86(min_ps)(b.p[k], a.p[k])); }
 INLINE FloatPart wide_f16(const uint16_t *x) { return X86(cvtph_ps)(load_halves(x)); }
@@ -702,7 +701,6 @@ INLINE void narrow_f16(uint16_t *out, FloatPart x) { EACH_LANE out[i] = narrow_h
 #endif
 #if !defined X86
 INLINE f32v hold(f32v v) { return v; }
-INLINE void in_turn(const uint8_t **at, IntPart *v) { (void)at, (void)v; }
 INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
 INLINE f32v lesser_of(f32v a, f32v b) { return choose(less(b, a), b, a); }
 #endif
@@ -753,6 +751,12 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #if defined STEPS_AVX512 || defined __AVXVNNI__ || !defined STEPS_AVX2
 INLINE IntPart add_pairs(IntPart sum, IntPart pairs) { return sum + pairs; }
 INLINE IntPart dot_pairs(IntPart pairs, IntPart w, IntPart x) { return dot4(pairs, w, x); }
+#endif
+
+#if defined STEPS_AVX2
+INLINE void in_turn(const uint8_t **at, IntPart *v) { __asm__("" : "+r"(*at), "+v"(*v)); }
+#else
+INLINE void in_turn(const uint8_t **at, IntPart *v) { (void)at, (void)v; }
 #endif
 
 INLINE f32v fma16(f32v a, f32v b, f32v c) { MAP(f32v, fused(a.p[k], b.p[k], c.p[k])); }
@@ -912,7 +916,7 @@ static size_t tiled(size_t count, int tile, int t, size_t i) {
 // that a row's end cuts short.
 typedef struct { int n; size_t at[4]; const float *x[4]; float some[4][GROUP]; } Groups;
 
-// Each four become whole numbers, the largest of which is 127, times a scale. (One by one, on Zen 3:
+// Each four become whole numbers, the largest of which is 127, times a scale. (One by one, Zen 3:
 // 60 ns a group instead of 10, prompts of q8 4 and of q4 7 % slower.)
 static void quantize_groups(const Inputs *in, const Groups *g) {
     const int zero = in->type == Q8 ? Q8_ZERO : Q4_ZERO;
@@ -1006,15 +1010,13 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
     const size_t step = panel + P <= (int)panel_count(rows) ? bytes : 0;  // 0: read the last twice
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
     const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + P * step;
-    const uint8_t *scales = lines + line_bytes(type, w->cols);
-    const uint8_t *at[UNIT_PANELS], *soon[UNIT_PANELS];
+    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon[UNIT_PANELS];
     const int8_t *q = in->q + first * GROUP;
     const float *scale = in->scale + first;
     const int32_t *start = in->start + first;
     f32v sum[UNIT_PANELS][Q_TOKENS] = {0};
-    UNROLL for (int p = 0; p < P; p++)
-        at[p] = lines + (size_t)p * step, soon[p] = at[p] + in->ahead;
-    for (int g = 0; g < groups; g++, scales += PANEL * 2) {
+    UNROLL for (int p = 0; p < P; p++) soon[p] = lines + (size_t)p * step + in->ahead;
+    for (int g = 0; g < groups; g++, lines += size, scales += PANEL * 2) {
         if (g == groups - in->ahead / (int)size)
             UNROLL for (int p = 0; p < P; p++) soon[p] += P * step - (size_t)groups * size;
         i32v whole[UNIT_PANELS][Q_TOKENS];
@@ -1025,7 +1027,8 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
             i32v line[UNIT_PANELS];
             UNROLL for (int p = 0; p < P; p++) {
                 const bool kept = keeps && t0 > 0, ask = T == 1 && i * size % (8 * LINE) == 0;
-                line[p] = kept ? own->line[g][p][i] : weights_of_line(type, at[p], i);
+                const uint8_t *at = lines + (size_t)p * step;
+                line[p] = kept ? own->line[g][p][i] : weights_of_line(type, at, i);
                 if (keeps && t0 == 0) own->line[g][p][i] = line[p];
                 if (ask) __builtin_prefetch(soon[p] + i * size / 8);
             }
@@ -1038,7 +1041,7 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
             if (T == 1) UNROLL for (int p = 0; p < P; p++)
                 in_turn(&soon[p], &whole[p][i % chains].p[0]);
         }
-        UNROLL for (int p = 0; p < P; p++) at[p] += size, soon[p] += size;
+        UNROLL for (int p = 0; p < P; p++) soon[p] += size;
         UNROLL for (int p = 0; p < P; p++) {
             const void *half = scales + (size_t)p * step;
             f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
