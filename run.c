@@ -664,7 +664,7 @@ static uint16_t narrow_half(float x) {
 //                first, and add_pairs ends it (AVX2: 1.6 times faster)
 //   at_once      gcc 12 otherwise adds a group's products up last (Zen 3: q8 1.1, q4 1.5 times)
 //   in_turn      `at` is used after v is known: gcc 12 otherwise sends for all lines of a group in
-//                one burst (Zen 3: decoding 2 to 5 % slower; a Xeon: faster, by as much)
+//                one burst (Zen 3: decoding 2 to 5 % slower; no gain on a Xeon)
 #if defined X86
 INLINE Halves load_halves(const uint16_t *x) { Halves h; memcpy(&h, x, sizeof h); return h; }
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) { return X86(fmadd_ps)(a, b, c); }
