@@ -561,9 +561,9 @@ static void free_inputs(Inputs *in) {
     free(in->start);
 }
 
-// Rows of 5 groups and a bit, so that four groups at once end in each place; one row is zeros.
+// 1 to 4 rows of 5 groups at once: of the last four groups 1, 2, 3 and all are there. One is zeros.
 static void activations_become_whole_numbers_of_127ths(void) {
-    enum { TOKENS = 11, COLS = 5 * GROUP + 3, GROUPS = 6 };
+    enum { TOKENS = 11, COLS = 4 * GROUP + 3, GROUPS = 5 };
     float x[TOKENS][GROUPS * GROUP] = {0}, packed[TOKENS][COLS];
     uint32_t seed = 1;
     for (int t = 0; t < TOKENS; t++) {
@@ -572,6 +572,9 @@ static void activations_become_whole_numbers_of_127ths(void) {
         memcpy(packed[t], x[t], sizeof packed[t]);
     }
     Inputs in = new_inputs(Q8, packed[0], TOKENS, COLS);
+    memset(in.q, -128, TOKENS * GROUPS * GROUP);  // new_inputs took one row at a time
+    for (int t = 0, n = 1; t < TOKENS; t += n, n = n < 4 ? n + 1 : 1)
+        prepare(&in, t, n, 0, packed[t], COLS, COLS);
     for (int t = 0; t < TOKENS; t++)
         for (int g = 0; g < GROUPS; g++) {
             const float *group = x[t] + g * GROUP;
