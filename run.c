@@ -1021,7 +1021,7 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
     UNROLL for (int p = 0; p < P; p++) soon[p] = lines + (size_t)p * step + in->ahead;
     for (int g = 0; g < groups; g++, lines += size, scales += PANEL * 2) {
         if (g == groups - in->ahead / (int)size)
-            UNROLL for (int p = 0; p < P; p++) soon[p] += P * step - (size_t)groups * size;
+            UNROLL for (int p = 0; p < P; p++) soon[p] = next + (size_t)p * step;
         i32v whole[UNIT_PANELS][Q_TOKENS];
         if (T == Q_TOKENS) __builtin_prefetch(next + (size_t)(t0 / T * groups + g) * LINE, 0, 2);
         UNROLL for (int t = 0; t < T * chains; t++) UNROLL for (int p = 0; p < P; p++)
