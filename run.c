@@ -668,7 +668,7 @@ static uint16_t narrow_half(float x) {
 #if defined X86
 INLINE Halves load_halves(const uint16_t *x) { Halves h; memcpy(&h, x, sizeof h); return h; }
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) { return X86(fmadd_ps)(a, b, c); }
-INLINE f32v hold(f32v v) { EACH_PART __asm__("" : "+v"(v.p[k])); return v; }
+INLINE FloatPart hold(FloatPart v) { __asm__("" : "+v"(v)); return v; }
 INLINE f32v greater_of(f32v a, f32v b) { MAP(f32v, X86(max_ps)(b.p[k], a.p[k])); }
 INLINE f32v lesser_of(f32v a, f32v b) { MAP(f32v, X86(min_ps)(b.p[k], a.p[k])); }
 INLINE FloatPart wide_f16(const uint16_t *x) { return X86(cvtph_ps)(load_halves(x)); }
@@ -700,7 +700,7 @@ INLINE FloatPart wide_f16(const uint16_t *x) {
 INLINE void narrow_f16(uint16_t *out, FloatPart x) { EACH_LANE out[i] = narrow_half(x[i]); }
 #endif
 #if !defined X86
-INLINE f32v hold(f32v v) { return v; }
+INLINE FloatPart hold(FloatPart v) { return v; }
 INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
 INLINE f32v lesser_of(f32v a, f32v b) { return choose(less(b, a), b, a); }
 #endif
@@ -760,7 +760,6 @@ INLINE void in_turn(const uint8_t **at, IntPart *v) { (void)at, (void)v; }
 #endif
 
 INLINE f32v fma16(f32v a, f32v b, f32v c) { MAP(f32v, fused(a.p[k], b.p[k], c.p[k])); }
-INLINE f32v load_bf16(const uint16_t *x) { MAP(f32v, wide_bf16(x + k * LANES)); }
 INLINE f32v load_f16(const uint16_t *x) { MAP(f32v, wide_f16(x + k * LANES)); }
 INLINE void store_f16(uint16_t *x, f32v v) { EACH_PART narrow_f16(x + k * LANES, v.p[k]); }
 
@@ -905,7 +904,7 @@ enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : AHEAD, HELD = 64 << 20 };
 typedef struct {
     Type type; int cols, n;
     int ahead;       // AHEAD or NEAR
-    float *vector;   // (n / F_TOKENS, vectors of a row, F_TOKENS or n if fewer, 16)
+    float *vector;   // (n / F_TOKENS, PARTS, vectors of a row, F_TOKENS or n if fewer, LANES)
     int8_t *q;       // (n / Q_TOKENS, groups of a row, Q_TOKENS, GROUP)
     float *scale;    // (n / Q_TOKENS, groups of a row, Q_TOKENS)
     int32_t *start;  // likewise: where a group's sum starts, see q_tile
@@ -913,6 +912,12 @@ typedef struct {
 // Where vector or group i of row t stands; a row has `count`, `tile` tokens lie together.
 static size_t tiled(size_t count, int tile, int t, size_t i) {
     return ((size_t)(t / tile) * count + i) * (size_t)tile + (size_t)(t % tile);
+}
+
+// Where part h of vector i of row t begins, of float weights' inputs.
+static float *part_at(const Inputs *in, int tile, int t, int h, int i) {
+    const int first = (t / tile * PARTS + h) * tile;
+    return in->vector + tiled(vector_count(in->cols), tile, first + t % tile, (size_t)i) * LANES;
 }
 
 // Groups on their way into inputs, up to four: where they go, where they are, and room for those
@@ -949,6 +954,9 @@ INLINE void add_group(const Inputs *in, Groups *g, size_t at, const float *x, in
     g->at[g->n] = at, g->x[g->n] = x;
     if (++g->n == 4) quantize_groups(in, g), g->n = 0;
 }
+INLINE void store_parts(const Inputs *in, int tile, int t, int i, f32v v) {
+    EACH_PART memcpy(part_at(in, tile, t, k, i), &v.p[k], sizeof v.p[k]);
+}
 
 // Rows t to t + n get columns `first` to `first` + count: whole groups, or the last of a row. In x
 // they are `stride` apart.
@@ -956,14 +964,14 @@ static void prepare(const Inputs *in, int t, int n, int first, const float *x, i
                     int count) {
     const bool groups = is_quantized(in->type);
     const int tile = groups ? Q_TOKENS : least(in->n, F_TOKENS), size = groups ? GROUP : WIDTH;
-    const size_t all = groups ? group_count(in->cols) : vector_count(in->cols);
+    const size_t all = group_count(in->cols);
     Groups g;
     g.n = 0;
     for (int i = 0; i < n; i++, x += stride) {
         size_t at = tiled(all, tile, t + i, (size_t)(first / size));
         for (int c = 0; c < count; c += size, at += (size_t)tile)
             if (groups) add_group(in, &g, at, x + c, count - c);
-            else store_f32(in->vector + at * WIDTH, load_some(x + c, count - c));
+            else store_parts(in, tile, t + i, (first + c) / WIDTH, load_some(x + c, count - c));
     }
     while (g.n) add_group(in, &g, g.at[0], g.x[0], GROUP);  // again, in place of those missing
 }
@@ -972,9 +980,9 @@ static void prepare_row(const Inputs *in, int t, const float *x) {
 }
 
 // What a thread has room for: MOST_ROWS by COLUMNS float weights as tiles read them, sums so far,
-// (n, MOST_ROWS); of each group of quantized weights, what the widest tiles keep.
+// (n / T, PARTS, MOST_ROWS, T) by tiles of T; of groups of quantized weights, what tiles keep.
 typedef struct {
-    float (*w)[COLUMNS / WIDTH][F_ROWS][WIDTH]; f32v *sums;
+    float (*w)[PARTS][COLUMNS / WIDTH][F_ROWS][LANES]; FloatPart *sums;
     f32v (*kept)[Q_PANELS]; i32v (*line)[Q_PANELS][8];
     float *gate, *found;  // (2, n, MOST_ROWS) of gate_units, (A_QUERIES, MIX + head_pad) of look
 } Scratch;
@@ -1088,11 +1096,15 @@ INLINE void q_unit(float *out, size_t stride, const Tensor *w, int unit, const I
 
 // Float weights. Lane i of a sum takes columns i, i + 16, ..., so that a row is read as it lies.
 
-// The first n of 16 weights; the others are 0.
+// A part of 16 weights, and the first n of them; the others are 0.
+INLINE FloatPart load_part(Type type, const void *at) {
+    if (type == F32) return (FloatPart)*(const LooseInts *)at;
+    return type == BF16 ? wide_bf16(at) : wide_f16(at);
+}
 INLINE f32v load_weights(Type type, const void *at, int n) {
     uint8_t all[WIDTH * sizeof(float)] = {0};
     if (n < WIDTH) at = memcpy(all, at, row_bytes(type, n));
-    return type == F32 ? load_f32(at) : type == BF16 ? load_bf16(at) : load_f16(at);
+    MAP(f32v, load_part(type, (const char *)at + row_bytes(type, k * LANES)));
 }
 
 // A part of a product: columns c0 to c0 + cols of a unit. Of many tokens, only the first F_TOKENS
@@ -1107,82 +1119,123 @@ typedef struct {
     const uint8_t *next; int share;   // columns wanted next; lines of them that a tile sends for
 } Part;
 
-// F_ROWS rows from r on (past the last, the last again) by T tokens from t0 on. Sent for are a
-// share of the weights wanted next (Zen 5, f32: 8 % faster) and of the next tokens (a Xeon: 7 %),
-// the next tile's sums, as the second cache cannot hold all (6 %), and weights AHEAD: kept ones (a
-// Xeon: 3 %), and from the file by 1 or 2 tokens (bf16: 1.1 or 1.9 times).
-INLINE void float_tile(const Part *p, int r, int t0, const Type type, const int T, bool found) {
-    const int all = (int)vector_count(p->cols), whole = found ? all : p->cols / WIDTH;
-    const bool keeps = !found && T == F_TOKENS;
-    const int tile = found || keeps ? F_TOKENS : p->in->n, x_lines = T == F_TOKENS ? T * all : 0;
-    const int H = T == 1 ? PARTS : 1;  // parts at once: as many sums as registers hold
-    const size_t row = vector_count(p->in->cols), step = row_bytes(type, WIDTH), stride = p->stride;
-    const float *x = p->in->vector + tiled(row, tile, t0, (size_t)(p->c0 / WIDTH)) * WIDTH;
-    const uint8_t *w[F_ROWS];
-    float (*kept)[F_ROWS][WIDTH] = p->scratch->w[r / F_ROWS];
-    f32v sum[F_ROWS][F_TOKENS], *sums = p->scratch->sums + (size_t)t0 * MOST_ROWS + r * T;
-    for (int i = t0 / T * p->share; T == F_TOKENS && i < (t0 / T + 1) * p->share; i++)
-        __builtin_prefetch(p->next + (size_t)(r + i % F_ROWS) * stride + i / F_ROWS * LINE, 0, 2);
-    for (int i = r * x_lines / MOST_ROWS; i < (r + F_ROWS) * x_lines / MOST_ROWS; i++)
-        __builtin_prefetch(x + ((size_t)T * row + (size_t)i) * WIDTH, 0, 2);
-    UNROLL for (int k = 0; k < F_ROWS; k++) {
-        w[k] = p->w + (size_t)least(r + k, p->there - 1) * stride;
-        UNROLL for (int t = 0; t < T; t++) sum[k][t] = p->c0 == 0 ? spread(0) : sums[k * T + t];
-    }
-    UNROLL_OUTER for (int h = 0; h < PARTS; h += H)
-        for (int i = 0; i < whole; i++) {
-            const size_t at = (size_t)i * step, left = (size_t)(whole - i) * step;
-            const size_t ahead = at + AHEAD + (left > AHEAD ? 0 : (F_ROWS - 1) * stride);
-            f32v v[F_TOKENS];
-            if (T == F_TOKENS) __builtin_prefetch(sums + F_ROWS * T + i, 1);
-            UNROLL for (int t = 0; t < T; t++) v[t] = hold(load_f32(x + (i * tile + t) * WIDTH));
-            UNROLL for (int k = 0; k < F_ROWS; k++) {
-                f32v u = hold(found ? load_f32(kept[i][k]) : load_weights(type, w[k] + at, WIDTH));
-                if (keeps && h == 0) store_f32(kept[i][k], u);
-                UNROLL for (int t = 0; t < T; t++) UNROLL for (int j = h; j < h + H; j++)
-                    sum[k][t].p[j] = fused(u.p[j], v[t].p[j], sum[k][t].p[j]);
-            }
-            UNROLL for (int k = 0; k < F_ROWS; k++)
-                if (found && h == 0) __builtin_prefetch((char *)kept[i][k] + AHEAD);
-                else if (!found && !keeps) __builtin_prefetch(w[k] + ahead);
-        }
-    if (whole < all) UNROLL for (int k = 0; k < F_ROWS; k++) {
-        f32v u = load_weights(type, w[k] + (size_t)whole * step, p->cols % WIDTH);
-        if (keeps) store_f32(kept[whole][k], u);
-        UNROLL for (int t = 0; t < T; t++)
-            sum[k][t] = fma16(u, load_f32(x + (whole * tile + t) * WIDTH), sum[k][t]);
-    }
+// The first H parts of a vector, `apart` bytes from part to part.
+INLINE f32v load_parts(Type type, const void *at, size_t apart, const int H) {
+    f32v v = {0};
+    UNROLL for (int j = 0; j < H; j++)
+        v.p[j] = hold(load_part(type, (const char *)at + (size_t)j * apart));
+    return v;
+}
+INLINE void add_products(f32v *sum, f32v u, const f32v *v, const int T, const int H) {
+    UNROLL for (int t = 0; t < T; t++) UNROLL for (int j = 0; j < H; j++)
+        sum[t].p[j] = fused(u.p[j], v[t].p[j], sum[t].p[j]);
+}
+
+// Sums of the last H parts, and those of the parts before, which were stored, become numbers.
+INLINE void end_tile(const Part *p, int r, int t0, const f32v *sum, const FloatPart *sums,
+                     const int T, const int H) {
+    const int before = PARTS - H;
     UNROLL for (int t = 0; t < T; t++) {
-        f32v *of = (f32v[F_ROWS]){sum[0][t], sum[1][t], sum[2][t], sum[3][t]};
+        f32v whole[F_ROWS];
         float *out = p->out + (size_t)(t0 + t) * p->apart + r;
-        if (p->c0 + p->cols < p->in->cols) {
-            UNROLL for (int k = 0; k < F_ROWS; k++) sums[k * T + t] = sum[k][t];
-            continue;
-        }
-        Four four = join4(of);
+        UNROLL for (int k = 0; k < F_ROWS; k++) UNROLL for (int j = 0; j < PARTS; j++)
+            whole[k].p[j] = j < before ? sums[(j - before) * T * MOST_ROWS + k * T + t]
+                                       : sum[k * T + t].p[j - before];
+        Four four = join4(whole);
         if (p->there - r >= F_ROWS) memcpy(out, &four, sizeof four);  // known, so not a call
         else memcpy(out, &four, (size_t)(p->there - r) * sizeof *out);
     }
 }
-INLINE void float_tiles(const Part *p, int t, const Type type, const int T, bool found) {
-    for (int r = 0; r < p->there; r += F_ROWS) float_tile(p, r, t, type, T, found);
+
+// What a tile sends for: a share of the weights wanted next (Zen 5, f32: 8 % faster) and of the
+// numbers wanted next, `apart` from x on (a Xeon: 7 %).
+INLINE void send_for(const Part *p, int h, int r, int t0, const float *x, size_t apart) {
+    const int lines = F_TOKENS * (int)vector_count(p->cols) / PARTS, tile = t0 / F_TOKENS;
+    const uint8_t *next = p->next + (size_t)r * p->stride;
+    for (int i = tile * p->share; h == 0 && i < (tile + 1) * p->share; i++)
+        __builtin_prefetch(next + (size_t)(i % F_ROWS) * p->stride + i / F_ROWS * LINE, 0, 2);
+    for (int i = r * lines / MOST_ROWS; i < (r + F_ROWS) * lines / MOST_ROWS; i++)
+        __builtin_prefetch(x + apart + (size_t)i * WIDTH, 0, 2);
+}
+
+// F_ROWS rows from r on (past the last, the last again) by T tokens from t0 on, of their vectors H
+// parts from part h on: as many sums as registers hold. Parts lie apart, so that a tile reads no
+// line twice: the second cache gives a register a cycle, and every product of 12 wants 7 (Zen 3:
+// prompts of bf16 1.13 to 1.25 times faster, of f32 1.06 to 1.13). Sent for are also the next
+// tile's sums, as the second cache cannot hold all (6 %), and weights AHEAD: kept ones (a Xeon:
+// 3 %; AVX2 has no time for it), and from the file by 1 or 2 tokens (bf16: 1.1 or 1.9 times).
+INLINE void float_tile(const Part *p, int h, int r, int t0, const Type type, const int T,
+                       bool found) {
+    const Inputs *in = p->in;
+    const bool keeps = !found && T == F_TOKENS;
+    const int H = T == 1 ? PARTS : 1, tile = found || keeps ? F_TOKENS : in->n;
+    const int whole = found ? (int)vector_count(p->cols) : p->cols / WIDTH;
+    const size_t step = row_bytes(type, WIDTH), part = row_bytes(type, LANES);
+    const size_t apart = vector_count(in->cols) * (size_t)tile * LANES;
+    const float *x = part_at(in, tile, t0, h, p->c0 / WIDTH);
+    const uint8_t *w[F_ROWS];
+    float (*kept)[COLUMNS / WIDTH][F_ROWS][LANES] = p->scratch->w[r / F_ROWS] + h;
+    FloatPart *sums = p->scratch->sums + (size_t)(t0 * PARTS + h * T) * MOST_ROWS + r * T;
+    f32v sum[F_ROWS * F_TOKENS], v[F_TOKENS], u;
+    if (T == F_TOKENS) send_for(p, h, r, t0, x, apart);
+    UNROLL for (int k = 0; k < F_ROWS; k++)
+        w[k] = p->w + (size_t)least(r + k, p->there - 1) * p->stride;
+    UNROLL for (int i = 0; i < F_ROWS * T; i++) UNROLL for (int j = 0; j < H; j++)
+        sum[i].p[j] = p->c0 == 0 ? (FloatPart){0} : sums[j * T * MOST_ROWS + i];
+    for (int i = 0; i < whole; i++) {
+        const size_t at = (size_t)i * step + (size_t)h * part, left = (size_t)(whole - i) * step;
+        const size_t ahead = at + AHEAD + (left > AHEAD ? 0 : (F_ROWS - 1) * p->stride);
+        if (T == F_TOKENS) __builtin_prefetch((char *)(sums + F_ROWS * T) + i * LINE, 1);
+        UNROLL for (int t = 0; t < T; t++)
+            v[t] = load_parts(F32, x + (i * tile + t) * LANES, apart * sizeof *x, H);
+        UNROLL for (int k = 0; k < F_ROWS; k++) {
+            if (found) u = load_parts(F32, kept[0][i][k], sizeof *kept, H);
+            else u = load_parts(type, w[k] + at, part, H);
+            if (keeps) memcpy(kept[0][i][k], &u.p[0], sizeof u.p[0]);
+            add_products(sum + k * T, u, v, T, H);
+        }
+        UNROLL for (int k = 0; k < F_ROWS; k++)
+            if (found && PARTS == 1) __builtin_prefetch((char *)kept[0][i][k] + AHEAD);
+            else if (!found && !keeps) __builtin_prefetch(w[k] + ahead);
+    }
+    if (!found && whole * WIDTH < p->cols) {
+        UNROLL for (int t = 0; t < T; t++)
+            v[t] = load_parts(F32, x + (whole * tile + t) * LANES, apart * sizeof *x, H);
+        UNROLL for (int k = 0; k < F_ROWS; k++) {
+            float end[WIDTH];
+            store_f32(end, load_weights(type, w[k] + (size_t)whole * step, p->cols % WIDTH));
+            u = load_parts(F32, end + h * LANES, sizeof u.p[0], H);
+            if (keeps) memcpy(kept[0][whole][k], &u.p[0], sizeof u.p[0]);
+            add_products(sum + k * T, u, v, T, H);
+        }
+    }
+    if (h + H == PARTS && p->c0 + p->cols == in->cols) end_tile(p, r, t0, sum, sums, T, H);
+    else UNROLL for (int i = 0; i < F_ROWS * T; i++) UNROLL for (int j = 0; j < H; j++)
+        sums[j * T * MOST_ROWS + i] = sum[i].p[j];
+}
+INLINE void float_tiles(const Part *p, int t, const Type type, bool found) {
+    for (int h = 0; h < PARTS; h++)
+        for (int r = 0; r < p->there; r += F_ROWS) float_tile(p, h, r, t, type, F_TOKENS, found);
 }
 INLINE void few_tokens(const Part *p, int t, const Type type, bool found) {
-    for (; F_TOKENS > 2 && p->in->n - t >= 2; t += 2) float_tiles(p, t, type, 2, found);
-    if (t < p->in->n) float_tiles(p, t, type, 1, found);
+    for (; F_TOKENS > 2 && p->in->n - t >= 2; t += 2)
+        for (int r = 0; r < p->there; r += F_ROWS)
+            for (int h = 0; h < PARTS; h++) float_tile(p, h, r, t, type, 2, found);
+    for (int r = 0; t < p->in->n && r < p->there; r += F_ROWS)
+        float_tile(p, 0, r, t, type, 1, found);
 }
 
 // All of few tokens, or the first of many, and then the others.
 INLINE void from_file(const Part *p, const Type type) {
     if (p->in->n < F_TOKENS) few_tokens(p, 0, type, false);
-    else float_tiles(p, 0, type, F_TOKENS, false);
+    else float_tiles(p, 0, type, false);
 }
 static void f32_from_file(const Part *p) { from_file(p, F32); }
 static void bf16_from_file(const Part *p) { from_file(p, BF16); }
 static void f16_from_file(const Part *p) { from_file(p, F16); }
 __attribute__((noinline)) static void from_scratch(const Part *p) {
     int t = F_TOKENS;
-    for (; p->in->n - t >= F_TOKENS; t += F_TOKENS) float_tiles(p, t, F32, F_TOKENS, true);
+    for (; p->in->n - t >= F_TOKENS; t += F_TOKENS) float_tiles(p, t, F32, true);
     if (p->in->n > t) few_tokens(p, t, F32, true);
 }
 
@@ -1496,7 +1549,8 @@ static Inputs deal_inputs(Arena *a, Type type, int n, int cols, size_t model_byt
 static Scratch deal_scratch(Arena *a, const Config *c, int n, size_t answer) {
     const size_t q = is_quantized(c->type), f = !q, rows = (size_t)n * MOST_ROWS;
     const size_t groups = q * group_count(widest(c)), one = sizeof(f32v) * Q_PANELS;
-    return (Scratch){deal(a, f * MOST_ROWS, COLUMNS * sizeof(float)), DEAL(a, f32v, f * rows),
+    return (Scratch){deal(a, f * MOST_ROWS, COLUMNS * sizeof(float)),
+                     DEAL(a, FloatPart, f * rows * PARTS),
                      deal(a, groups, one), deal(a, c->type == Q4 ? groups : 0, 8 * one),
                      DEAL(a, float, 2 * rows), DEAL(a, float, A_QUERIES * answer)};
 }

@@ -345,7 +345,7 @@ static void bf16_is_the_upper_half_of_a_float(void) {
         uint32_t wide[WIDTH];
         for (int i = 0; i < WIDTH; i++)
             some[i] = (uint16_t)(h + i);
-        f32v v = load_bf16(some);
+        f32v v = load_weights(BF16, some, WIDTH);
         memcpy(wide, &v, sizeof wide);
         for (int i = 0; i < WIDTH; i++)
             EXPECT_INT(wide[i], (uint32_t)(h + i) << 16);
@@ -599,7 +599,7 @@ static Scratch *new_scratch(int threads, int tokens, int cols) {
     Scratch *s = NEW(Scratch, threads);
     for (int i = 0; i < threads; i++) {
         s[i].w = aligned_alloc(64, MOST_ROWS / F_ROWS * sizeof *s->w);
-        s[i].sums = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof *s->sums);
+        s[i].sums = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof(f32v));
         s[i].kept = aligned_alloc(64, group_count(cols) * sizeof *s->kept);
         s[i].line = aligned_alloc(64, group_count(cols) * sizeof *s->line);
     }
