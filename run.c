@@ -1677,11 +1677,8 @@ static void gate_units(void *job, int thread, int first, int end) {
         multiply_unit(h1, (size_t)rows, w1, i, &s->in, own);
         multiply_unit(h2, (size_t)rows, w3, i, &s->in, own);
         const int cols = least(rows, w1->rows - i * rows);
-        for (int t = 0, n; t < s->n; t += n) {
-            n = least(4, s->n - t);
-            for (int k = t; k < t + n; k++) swiglu(row(h1, k, rows), row(h2, k, rows), cols);
-            prepare(&s->gated, t, n, i * rows, row(h1, t, rows), rows, cols);
-        }
+        for (int t = 0; t < s->n; t++) swiglu(row(h1, t, rows), row(h2, t, rows), cols);
+        prepare(&s->gated, 0, s->n, i * rows, h1, rows, cols);
     }
 }
 
