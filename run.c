@@ -1159,11 +1159,12 @@ INLINE void send_for(const Part *p, int h, int r, int t0, const float *x, size_t
 }
 
 // F_ROWS rows from r on (past the last, the last again) by T tokens from t0 on, of their vectors H
-// parts from part h on: as many sums as registers hold. Parts lie apart, so that a tile reads no
-// line twice: the second cache gives a register a cycle, and every product of 12 wants 7 (Zen 3:
-// prompts of bf16 1.13 to 1.25 times faster, of f32 1.06 to 1.13). Sent for are also the next
-// tile's sums, as the second cache cannot hold all (6 %), and weights AHEAD: kept ones (a Xeon:
-// 3 %; AVX2 has no time for it), and from the file by 1 or 2 tokens (bf16: 1.1 or 1.9 times).
+// parts from part h on: as many sums as registers hold. Parts lie apart, so that no line is read
+// for half of it: the second cache needs 8 cycles for the 4 lines of F_ROWS whole vectors, their
+// 12 products by a part of 3 tokens only 6 (Zen 3: prompts of bf16 1.13 to 1.25, of f32 1.06 to
+// 1.13 times faster). Sent for are also the next tile's sums, as the second cache cannot hold all
+// (6 %), and weights AHEAD: kept ones (a Xeon: 3 %; AVX2 has no time for it), and from the file by
+// 1 or 2 tokens (bf16: 1.1 or 1.9 times).
 INLINE void float_tile(const Part *p, int h, int r, int t0, const Type type, const int T,
                        bool found) {
     const Inputs *in = p->in;
@@ -1723,6 +1724,11 @@ static float *answer_at(const State *s, int t, int part, int head) {
     int size = MIX + s->cache.head_pad;
     return row(row(s->answers, t * s->parts + part, s->model->config.n_heads * size), head, size);
 }
+static Query query_of(const State *s, int t, int part, int head) {
+    const Config *c = &s->model->config;
+    const float *q = row(s->q, t, q_dim(c)) + head * c->head_dim;
+    return (Query){q, s->steps[t].pos, answer_at(s, t, part, head)};
+}
 
 // An item is `run` steps in a row of one sequence, a key/value head and every parts-th block.
 static void attend_items(void *job, int thread, int first, int end) {
@@ -1737,12 +1743,10 @@ static void attend_items(void *job, int thread, int first, int end) {
             if ((i + 1) * BLOCK <= pos + 1 - s->cache.sight) continue;
             const char *block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK);
             Query q[A_QUERIES];
-            for (int j = 0; j < queries; j++) {
-                int later = j / group, head = kv_head * group + j % group, k = j % A_QUERIES;
-                q[k] = (Query){row(s->q, t + later, q_dim(c)) + head * c->head_dim, pos + later,
-                               answer_at(s, t + later, part, head)};
-                if (k + 1 == A_QUERIES || j + 1 == queries)
-                    look(q, k + 1, &s->cache, block, i * BLOCK, s->scratch[thread].found);
+            for (int j = 0, k = 0; j < queries; j++) {
+                q[k++] = query_of(s, t + j / group, part, kv_head * group + j % group);
+                if (k < A_QUERIES && j + 1 < queries) continue;
+                look(q, k, &s->cache, block, i * BLOCK, s->scratch[thread].found), k = 0;
             }
         }
     }
