@@ -43,10 +43,8 @@
 #define INLINE static inline __attribute__((always_inline))
 #if defined __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
-#define UNROLL_OUTER  // clang unrolls no loop around a long one
 #else
 #define UNROLL _Pragma("GCC unroll 16")
-#define UNROLL_OUTER UNROLL
 #endif
 enum { FAILED = 1, MISUSED = 2 };  // exit statuses; 0 is success
 
@@ -653,7 +651,7 @@ static uint16_t narrow_half(float x) {
 }
 
 // The steps that differ between instruction sets, most a register at a time:
-//   hold         keeps a vector in its registers: gcc 12 otherwise reads it from memory for each
+//   hold         keeps a part in its register: gcc 12 otherwise reads it from memory for each
 //                product, and loads are the limit (1.2 times: AVX-512 tiles, prompts of Zen 3)
 //   greater_of   likewise lesser_of; a if one is no number. By choose prompts are 2 to 3 % slower
 //   fused        a * b + c, rounded once; wide_f16, narrow_f16 as widen_half, narrow_half
@@ -1096,7 +1094,7 @@ INLINE void q_unit(float *out, size_t stride, const Tensor *w, int unit, const I
 
 // Float weights. Lane i of a sum takes columns i, i + 16, ..., so that a row is read as it lies.
 
-// A part of 16 weights, and the first n of them; the others are 0.
+// A part of 16 weights; all 16, of which only the first n are in memory: the others are 0.
 INLINE FloatPart load_part(Type type, const void *at) {
     if (type == F32) return (FloatPart)*(const LooseInts *)at;
     return type == BF16 ? wide_bf16(at) : wide_f16(at);
@@ -1125,6 +1123,9 @@ INLINE f32v load_parts(Type type, const void *at, size_t apart, const int H) {
     UNROLL for (int j = 0; j < H; j++)
         v.p[j] = hold(load_part(type, (const char *)at + (size_t)j * apart));
     return v;
+}
+INLINE void load_tokens(f32v *v, const float *x, size_t apart, const int T, const int H) {
+    UNROLL for (int t = 0; t < T; t++) v[t] = load_parts(F32, x + t * LANES, apart, H);
 }
 INLINE void add_products(f32v *sum, f32v u, const f32v *v, const int T, const int H) {
     UNROLL for (int t = 0; t < T; t++) UNROLL for (int j = 0; j < H; j++)
@@ -1187,8 +1188,7 @@ INLINE void float_tile(const Part *p, int h, int r, int t0, const Type type, con
         const size_t at = (size_t)i * step + (size_t)h * part, left = (size_t)(whole - i) * step;
         const size_t ahead = at + AHEAD + (left > AHEAD ? 0 : (F_ROWS - 1) * p->stride);
         if (T == F_TOKENS) __builtin_prefetch((char *)(sums + F_ROWS * T) + i * LINE, 1);
-        UNROLL for (int t = 0; t < T; t++)
-            v[t] = load_parts(F32, x + (i * tile + t) * LANES, apart * sizeof *x, H);
+        load_tokens(v, x + i * tile * LANES, apart * sizeof *x, T, H);
         UNROLL for (int k = 0; k < F_ROWS; k++) {
             if (found) u = load_parts(F32, kept[0][i][k], sizeof *kept, H);
             else u = load_parts(type, w[k] + at, part, H);
@@ -1200,8 +1200,7 @@ INLINE void float_tile(const Part *p, int h, int r, int t0, const Type type, con
             else if (!found && !keeps) __builtin_prefetch(w[k] + ahead);
     }
     if (!found && whole * WIDTH < p->cols) {
-        UNROLL for (int t = 0; t < T; t++)
-            v[t] = load_parts(F32, x + (whole * tile + t) * LANES, apart * sizeof *x, H);
+        load_tokens(v, x + whole * tile * LANES, apart * sizeof *x, T, H);
         UNROLL for (int k = 0; k < F_ROWS; k++) {
             float end[WIDTH];
             store_f32(end, load_weights(type, w[k] + (size_t)whole * step, p->cols % WIDTH));

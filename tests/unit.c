@@ -599,7 +599,7 @@ static Scratch *new_scratch(int threads, int tokens, int cols) {
     Scratch *s = NEW(Scratch, threads);
     for (int i = 0; i < threads; i++) {
         s[i].w = aligned_alloc(64, MOST_ROWS / F_ROWS * sizeof *s->w);
-        s[i].sums = aligned_alloc(64, (size_t)tokens * MOST_ROWS * sizeof(f32v));
+        s[i].sums = aligned_alloc(64, (size_t)tokens * PARTS * MOST_ROWS * sizeof *s->sums);
         s[i].kept = aligned_alloc(64, group_count(cols) * sizeof *s->kept);
         s[i].line = aligned_alloc(64, group_count(cols) * sizeof *s->line);
     }
