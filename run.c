@@ -909,9 +909,11 @@ INLINE void store_some(float *out, f32v v, int n) {
 
 // A unit of a matmul is GROUP rows. Float tiles have F_ROWS rows, or from MANY tokens on, where
 // turning weights pays, a STRIP, with REST tokens where S_TOKENS are no longer there. Weights are
-// sent for AHEAD bytes in front of where a tile is. Decoding with AVX2 takes NEAR if no cache has
-// HELD the model (Zen 3: 7 % faster; held ones 20 % slower).
-enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, MANY = 16, REST = S_TOKENS / 3 };
+// sent for AHEAD bytes in front of where a tile is, inputs of a strip SOON numbers. Decoding with
+// AVX2 takes NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster; held ones of q8
+// 20 % slower).
+enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
+enum { MANY = LANES == 16 ? 48 : 16 };
 enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : AHEAD, HELD = 64 << 20 };
 
 // What goes into a product, n rows of cols numbers: for float weights vectors, the last padded with
@@ -919,7 +921,7 @@ enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : AHEAD, HELD = 64 << 20 };
 typedef struct {
     Type type; int cols, n;
     int ahead;       // AHEAD or NEAR
-    float *vector;   // (n, vectors of a row, WIDTH); MANY: (WIDTH, lane_size of below)
+    float *vector;   // (n, vectors of a row, WIDTH), of MANY rows turned: see lane_size
     int8_t *q;       // (n / Q_TOKENS, groups of a row, Q_TOKENS, GROUP)
     float *scale;    // (n / Q_TOKENS, groups of a row, Q_TOKENS)
     int32_t *start;  // likewise: where a group's sum starts, see q_tile
@@ -929,8 +931,9 @@ static size_t tiled(size_t count, int tile, int t, size_t i) {
     return ((size_t)(t / tile) * count + i) * (size_t)tile + (size_t)(t % tile);
 }
 
-// Numbers from lane to lane of MANY tokens: (n / S_TOKENS, vectors of a row, S_TOKENS), and a line,
-// lest all lanes of a number meet in one set of a cache (a Xeon: 4 % of a bf16 prompt).
+// Turned, vectors lie as (WIDTH, n / S_TOKENS, vectors of a row, S_TOKENS), and a line after each
+// lane, lest all lanes of a vector meet in one set of a cache (a Xeon: 4 % of a bf16 prompt). This
+// is a lane's size in numbers.
 static size_t lane_size(int cols, int n) {
     return vector_count(cols) * round_up((size_t)n, S_TOKENS) + WIDTH;
 }
@@ -1138,10 +1141,10 @@ INLINE void cut_ends(Ends *e, const uint8_t **row, Type type, int cols) {
     UNROLL for (int k = 0; k < F_ROWS; k++) row[k] = memcpy(e->row[k], row[k] + whole, bytes);
 }
 
-// To sums, of H parts, the products of T tokens, `apart` numbers from token to token,
-// and F_ROWS rows at byte `at`.
-INLINE void add_products(f32v (*sum)[F_ROWS], const float *x, size_t apart, const uint8_t **row, size_t at,
-                         const Type type, const int T, const int H) {
+// To sums, H parts of each, the products of T tokens, `apart` numbers from token to token, and
+// F_ROWS rows at byte `at`.
+INLINE void add_products(f32v (*sum)[F_ROWS], const float *x, size_t apart, const uint8_t **row,
+                         size_t at, const Type type, const int T, const int H) {
     f32v v[F_TOKENS];
     UNROLL for (int t = 0; t < T; t++) UNROLL for (int j = 0; j < H; j++)
         v[t].p[j] = hold(load_part(F32, x + (size_t)t * apart + j * LANES));
@@ -1160,12 +1163,12 @@ typedef struct {
 } Piece;
 
 // F_ROWS rows from r on by T tokens from t0 on, H parts of their vectors at a time: as many sums as
-// registers hold. Weights are sent for AHEAD (1 or 2 tokens of bf16: 1.1 or 1.9 times faster).
+// registers hold. Weights are sent for (1 or 2 tokens of bf16: 1.1 or 1.9 times faster).
 INLINE void float_tile(const Piece *p, int r, int t0, const Type type, const int T) {
     const Tensor *w = p->w;
     const int whole = w->cols / WIDTH, H = T == 1 ? PARTS : 1;
     const size_t apart = vector_count(w->cols) * WIDTH, step = row_bytes(type, WIDTH);
-    const size_t beyond = (F_ROWS - 1) * row_bytes(type, w->cols);
+    const size_t beyond = (F_ROWS - 1) * row_bytes(type, w->cols), ahead = (size_t)p->in->ahead;
     const uint8_t *row[F_ROWS];
     f32v all[F_TOKENS][F_ROWS];
     for (int h = 0; h < PARTS; h += H) {
@@ -1175,9 +1178,9 @@ INLINE void float_tile(const Piece *p, int r, int t0, const Type type, const int
         find_rows(row, w, r);
         for (int i = 0; i < whole; i++, x += WIDTH) {
             const size_t at = (size_t)i * step + part, left = (size_t)(whole - i) * step;
-            const size_t ahead = at + AHEAD + (left > AHEAD ? 0 : beyond);
+            const size_t to = at + ahead + (left > ahead ? 0 : beyond);
             add_products(sum, x, apart, row, at, type, T, H);
-            UNROLL for (int k = 0; k < F_ROWS; k++) __builtin_prefetch(row[k] + ahead);
+            UNROLL for (int k = 0; k < F_ROWS; k++) __builtin_prefetch(row[k] + to);
         }
         if (whole * WIDTH < w->cols) {
             Ends ends;
@@ -1245,7 +1248,8 @@ INLINE void turn_strip(const Piece *p, int r, const Type type) {
 
 // The strip by T tokens, of one lane. Lanes come in such an order, 0, 8, 4, 12, 2, .., that sums
 // are joined as join does it as soon as there are two: what waits is a level, of 1, 2, 4, 8 lanes.
-// Each tile sends for `share` lines of the next strip (1.06 to 1.14 times).
+// Each tile sends for `share` lines of the next strip (Zen 3: 1.06 to 1.14 times faster), and for
+// inputs wanted SOON (1.03 to 1.08).
 INLINE void strip_tile(const Piece *p, int r, int j, int t0, int share, const int T) {
     enum { V = STRIP / WIDTH };
     const Inputs *in = p->in;
@@ -1260,6 +1264,7 @@ INLINE void strip_tile(const Piece *p, int r, int j, int t0, int share, const in
     x += tiled(count, S_TOKENS, t0, 0);
     for (size_t i = 0; i < count; i++, w += STRIP, x += S_TOKENS) {
         f32v u[V];
+        __builtin_prefetch(x + SOON);
         UNROLL for (int v = 0; v < V; v++) EACH_PART
             u[v].p[k] = hold(load_part(F32, w + v * WIDTH + k * LANES));
         UNROLL for (int t = 0; t < T; t++) {
@@ -1333,10 +1338,10 @@ static void unpack_row(float *out, const Tensor *w, int row) {
 // A unit's rows of in(n, cols) w(rows, cols)^T, `stride` numbers from token to token.
 static void multiply_unit(float *out, size_t stride, const Tensor *w, int unit, const Inputs *in,
                           const Scratch *s) {
-    const int first = unit * GROUP;
+    const int first = unit * GROUP, end = least(first + GROUP, w->rows);
     if (w->type == Q8) q_unit(out, stride, w, unit, in, Q8, s);
     else if (w->type == Q4) q_unit(out, stride, w, unit, in, Q4, s);
-    else float_pieces[w->type](&(Piece){out, stride, w, first, least(first + GROUP, w->rows), in, s});
+    else float_pieces[w->type](&(Piece){out, stride, w, first, end, in, s});
 }
 
 // out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products by tensors that
