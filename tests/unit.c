@@ -638,7 +638,7 @@ static void check_product(const float *out, const Tensor *w, const Inputs *in, c
 
 // A product is right, and the same bits for every number of tokens at once and of threads.
 static void check_matmul(Type type, int rows, int cols) {
-    enum { TOKENS = 40 };
+    enum { TOKENS = MANY + 17 };
     static const int at_once[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
                                   MANY - 1, MANY, MANY + 1, 24, TOKENS};
     Tensor w = random_tensor(type, rows, cols, (uint32_t)(rows * cols));
@@ -1154,7 +1154,7 @@ static int *random_ids(int n, int vocab_size) {
 }
 
 static void check_logits(Config c) {
-    enum { TOKENS = 40 };
+    enum { TOKENS = MANY + 17 };
     Model m = new_model(c, 5);
     int *ids = random_ids(TOKENS, c.vocab_size), n = TOKENS * c.vocab_size;
     double *wanted = plain_logits(&m, ids, TOKENS), peak = largest(wanted, (size_t)n);
