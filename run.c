@@ -575,7 +575,7 @@ static int usable_cores(void) { return most(1, (int)sysconf(_SC_NPROCESSORS_ONLN
 #define X86(step) _mm512_##step
 typedef __m512i Ints;
 typedef __m256i Halves;
-enum { LANES = 16, Q_PANELS = 2, F_TOKENS = 6, S_TOKENS = 12, STRIP = 32 };  // see the tiles
+enum { LANES = 16, Q_PANELS = 2, F_TOKENS = 6, S_TOKENS = 12, STRIP = 32 };  // see tiles
 #elif defined __AVX2__ && defined __FMA__ && defined __F16C__
 #define STEPS_AVX2
 #define X86(step) _mm256_##step
@@ -974,9 +974,11 @@ INLINE void add_group(const Inputs *in, Groups *g, size_t at, const float *x, in
 }
 static void store_vector(const Inputs *in, int t, int i, f32v v) {
     const size_t count = vector_count(in->cols), apart = lane_size(in->cols, in->n);
+    if (in->n < MANY) {
+        store_f32(in->vector + tiled(count, 1, t, (size_t)i) * WIDTH, v);
+        return;
+    }
     float lane[WIDTH], *at = in->vector + tiled(count, S_TOKENS, t, (size_t)i);
-    if (in->n < MANY) store_f32(in->vector + ((size_t)t * count + (size_t)i) * WIDTH, v);
-    if (in->n < MANY) return;
     store_f32(lane, v);
     UNROLL for (int k = 0; k < WIDTH; k++) at[(size_t)k * apart] = lane[k];
 }
@@ -1646,9 +1648,9 @@ static void open_state(State *s) {
 }
 static void close_state(State *s) { munmap(s->arena.at, (size_t)s->arena.used); }
 
-// Steps at once: enough that weights read once serve many. What goes through takes 15 MB, of float
-// weights, which must be turned, and with many threads, whose meetings take long, 30 (2 threads of
-// bf16: 7 % faster; 16 threads: 6 %; 2 of q8 as fast, 1 2 % slower).
+// Steps at once: enough that weights read once serve many. They take 15 MB; with many threads,
+// whose meetings take long, 30 (16 threads: 6 % faster), and of float weights, for turning them
+// costs the same for more (2 threads of bf16: 7 %; of q8 nothing).
 static int default_batch(const Config *c, const Pool *p) {
     size_t room = (is_quantized(c->type) && p->threads <= 4 ? 15u : 30u) << 20;
     size_t row_size = sizeof(float) * ((size_t)widest(c) + 4 * (size_t)c->dim);
