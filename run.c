@@ -575,7 +575,7 @@ static int usable_cores(void) { return most(1, (int)sysconf(_SC_NPROCESSORS_ONLN
 #define X86(step) _mm512_##step
 typedef __m512i Ints;
 typedef __m256i Halves;
-enum { LANES = 16, Q_PANELS = 2, F_TOKENS = 6, S_TOKENS = 12, STRIP = 32 };  // see tiles
+enum { LANES = 16, Q_PANELS = 2, F_TOKENS = 6, S_TOKENS = 12, STRIP = 32 };  // what registers hold
 #elif defined __AVX2__ && defined __FMA__ && defined __F16C__
 #define STEPS_AVX2
 #define X86(step) _mm256_##step
@@ -913,7 +913,7 @@ INLINE void store_some(float *out, f32v v, int n) {
 // AVX2 takes NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster; held ones of q8
 // 20 % slower).
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
-enum { MANY = LANES == 16 ? 48 : 16 };
+enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
 enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : AHEAD, HELD = 64 << 20 };
 
 // What goes into a product, n rows of cols numbers: for float weights vectors, the last padded with
@@ -921,7 +921,7 @@ enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : AHEAD, HELD = 64 << 20 };
 typedef struct {
     Type type; int cols, n;
     int ahead;       // AHEAD or NEAR
-    float *vector;   // (n, vectors of a row, WIDTH), of MANY rows turned: see lane_size
+    float *vector;   // (n, vectors of a row, WIDTH), of MANY rows turned: see input_lane
     int8_t *q;       // (n / Q_TOKENS, groups of a row, Q_TOKENS, GROUP)
     float *scale;    // (n / Q_TOKENS, groups of a row, Q_TOKENS)
     int32_t *start;  // likewise: where a group's sum starts, see q_tile
@@ -931,12 +931,14 @@ static size_t tiled(size_t count, int tile, int t, size_t i) {
     return ((size_t)(t / tile) * count + i) * (size_t)tile + (size_t)(t % tile);
 }
 
-// Turned, vectors lie as (WIDTH, n / S_TOKENS, vectors of a row, S_TOKENS), and a line after each
-// lane, lest all lanes of a vector meet in one set of a cache (a Xeon: 4 % of a bf16 prompt). This
-// is a lane's size in numbers.
-static size_t lane_size(int cols, int n) {
-    return vector_count(cols) * round_up((size_t)n, S_TOKENS) + WIDTH;
-}
+// Tokens that strips have room for: whole tiles.
+static size_t strip_tokens(int n) { return round_up((size_t)n, S_TOKENS); }
+
+// Turned, inputs lie as (WIDTH, n / S_TOKENS, vectors of a row, S_TOKENS), weights of a strip as
+// (WIDTH, vectors of a row, STRIP), with room after each lane, lest all lanes of a vector meet in
+// one set of a cache (inputs, a Xeon: 4 % of a bf16 prompt). How far lanes are apart:
+static size_t input_lane(int cols, int n) { return vector_count(cols) * strip_tokens(n) + WIDTH; }
+static size_t strip_lane(int cols) { return (vector_count(cols) + 1) * STRIP; }
 
 // Groups on their way into inputs, up to four: where they go, where they are, and room for those
 // that a row's end cuts short.
@@ -973,7 +975,7 @@ INLINE void add_group(const Inputs *in, Groups *g, size_t at, const float *x, in
     if (++g->n == 4) quantize_groups(in, g), g->n = 0;
 }
 static void store_vector(const Inputs *in, int t, int i, f32v v) {
-    const size_t count = vector_count(in->cols), apart = lane_size(in->cols, in->n);
+    const size_t count = vector_count(in->cols), apart = input_lane(in->cols, in->n);
     if (in->n < MANY) {
         store_f32(in->vector + tiled(count, 1, t, (size_t)i) * WIDTH, v);
         return;
@@ -1097,6 +1099,7 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
         store_some(out + (size_t)(t0 + t) * stride + p * PANEL, sum[p][t],
                    most(0, rows - (panel + p) * PANEL));
 }
+
 // All tokens against a unit, the widest tile first. Conditions as `Q > 4` halve a build's time. One
 // token takes all panels at once: memory gives more to who reads in two places (AVX2, Zen 3:
 // decoding 1.15 to 1.3 times faster; four are no better).
@@ -1157,16 +1160,16 @@ INLINE void add_products(f32v (*sum)[F_ROWS], const float *x, size_t apart, cons
     }
 }
 
-// A piece of a product: rows first to end of w by all tokens.
+// A slice of a product: rows first to end of w by all tokens.
 typedef struct {
     float *out; size_t stride;  // its numbers from token to token
     const Tensor *w; int first, end;
     const Inputs *in; const Scratch *own;
-} Piece;
+} Slice;
 
 // F_ROWS rows from r on by T tokens from t0 on, H parts of their vectors at a time: as many sums as
 // registers hold. Weights are sent for (1 or 2 tokens of bf16: 1.1 or 1.9 times faster).
-INLINE void float_tile(const Piece *p, int r, int t0, const Type type, const int T) {
+INLINE void float_tile(const Slice *p, int r, int t0, const Type type, const int T) {
     const Tensor *w = p->w;
     const int whole = w->cols / WIDTH, H = T == 1 ? PARTS : 1;
     const size_t apart = vector_count(w->cols) * WIDTH, step = row_bytes(type, WIDTH);
@@ -1199,7 +1202,7 @@ INLINE void float_tile(const Piece *p, int r, int t0, const Type type, const int
         else memcpy(out, &four, (size_t)(w->rows - r) * sizeof *out);
     }
 }
-INLINE void few_tokens(const Piece *p, const Type type) {
+INLINE void few_tokens(const Slice *p, const Type type) {
     const int n = p->in->n, T = F_TOKENS;
     for (int r = p->first, t; r < p->end; r += F_ROWS) {
         for (t = 0; n - t >= T; t += T) float_tile(p, r, t, type, F_TOKENS);
@@ -1212,8 +1215,8 @@ INLINE void few_tokens(const Piece *p, const Type type) {
 // own, where the lanes of vectors are rows and nothing is added across them. For this weights and
 // inputs are turned: lane 0 of all vectors, then lane 1, ... What a strip of rows has of a lane
 // fits the first cache, and inputs come in the order they lie in. (Zen 3: products are 95 % of the
-// multiply-adds there are, turning included; bf16 prompts 1.15 to 1.25 times faster.)
-static size_t turned_apart(int cols) { return (vector_count(cols) + 1) * STRIP; }
+// multiply-adds there are, turning included, and prompts of bf16 1.15 to 1.25 times faster than by
+// tiles of columns; a Xeon: 1.16 to 1.25.)
 
 // n vectors of 4 rows, from byte `at` on, become columns of a strip.
 INLINE void turn_vectors(float *out, size_t apart, const uint8_t **row, size_t at, Type type,
@@ -1228,13 +1231,12 @@ INLINE void turn_vectors(float *out, size_t apart, const uint8_t **row, size_t a
     }
 }
 
-// The strip from row r on, turned: (WIDTH, vectors of a row, STRIP), and a line after each lane,
-// lest all lanes meet in one set of a cache. Some vectors of all rows at a time, so that the lines
-// they go to stay in the first cache until they are full.
-INLINE void turn_strip(const Piece *p, int r, const Type type) {
+// The strip from row r on, turned: some vectors of all rows at a time, so that the lines they go to
+// stay in the first cache until they are full.
+INLINE void turn_strip(const Slice *p, int r, const Type type) {
     enum { AT_ONCE = 4 };
     const int cols = p->w->cols, whole = cols / WIDTH;
-    const size_t apart = turned_apart(cols);
+    const size_t apart = strip_lane(cols);
     const uint8_t *row[F_ROWS];
     Ends ends;
     for (int i = 0; i * WIDTH < cols; i += AT_ONCE) for (int k = 0; k < STRIP; k += F_ROWS) {
@@ -1252,18 +1254,18 @@ INLINE void turn_strip(const Piece *p, int r, const Type type) {
 // are joined as join does it as soon as there are two: what waits is a level, of 1, 2, 4, 8 lanes.
 // Each tile sends for `share` lines of the next strip (Zen 3: 1.06 to 1.14 times faster), and for
 // inputs wanted SOON (1.03 to 1.08).
-INLINE void strip_tile(const Piece *p, int r, int j, int t0, int share, const int T) {
+INLINE void strip_tile(const Slice *p, int r, int j, int t0, int share, const int T) {
     enum { V = STRIP / WIDTH };
     const Inputs *in = p->in;
     const int lane = (j & 1) << 3 | (j & 2) << 1 | (j & 4) >> 1 | j >> 3;
     const size_t count = vector_count(in->cols);
-    const float *w = p->own->turned + (size_t)lane * turned_apart(in->cols);
-    const float *x = in->vector + (size_t)lane * lane_size(in->cols, in->n);
+    const float *w = p->own->turned + (size_t)lane * strip_lane(in->cols);
+    const float *x = in->vector + (size_t)lane * input_lane(in->cols, in->n) +
+                     tiled(count, S_TOKENS, t0, 0);
     const uint8_t *next = p->w->data + row_bytes(p->w->type, in->cols) * (size_t)(r + STRIP);
     f32v sum[S_TOKENS][V] = {0}, (*level)[V] = p->own->sums + t0;
     for (int i = share * (t0 / S_TOKENS * WIDTH + j), end = i + share; i < end; i++)
         __builtin_prefetch(next + (size_t)i * LINE, 0, 2);
-    x += tiled(count, S_TOKENS, t0, 0);
     for (size_t i = 0; i < count; i++, w += STRIP, x += S_TOKENS) {
         f32v u[V];
         __builtin_prefetch(x + SOON);
@@ -1275,7 +1277,7 @@ INLINE void strip_tile(const Piece *p, int r, int j, int t0, int share, const in
                 sum[t][v].p[k] = fused(u[v].p[k], of_token, sum[t][v].p[k]);
         }
     }
-    for (int l = j; l & 1; l >>= 1, level += round_up((size_t)in->n, S_TOKENS))
+    for (int l = j; l & 1; l >>= 1, level += strip_tokens(in->n))
         UNROLL for (int t = 0; t < T; t++) UNROLL for (int v = 0; v < V; v++)
             sum[t][v] = add(level[t][v], sum[t][v]);
     UNROLL for (int t = 0; t < T; t++) UNROLL for (int v = 0; v < V; v++) {
@@ -1284,7 +1286,8 @@ INLINE void strip_tile(const Piece *p, int r, int j, int t0, int share, const in
         else if (t0 + t < in->n) store_some(out, sum[t][v], most(0, p->end - r - v * WIDTH));
     }
 }
-__attribute__((noinline)) static void multiply_strip(const Piece *p, int r, int share) {
+// One function for all types, as turned weights are floats.
+__attribute__((noinline)) static void multiply_strip(const Slice *p, int r, int share) {
     const int n = p->in->n, T = S_TOKENS;
     for (int j = 0; j < WIDTH; j++) {
         int t = 0;
@@ -1292,7 +1295,7 @@ __attribute__((noinline)) static void multiply_strip(const Piece *p, int r, int 
         for (; t < n; t += REST) strip_tile(p, r, j, t, share, REST);
     }
 }
-INLINE void many_tokens(const Piece *p, const Type type) {
+INLINE void many_tokens(const Slice *p, const Type type) {
     const int n = p->in->n, T = S_TOKENS, tiles = (n - 1) / T + 1;
     const size_t lines = row_bytes(type, p->w->cols) * STRIP / LINE;
     const int share = (int)(lines / WIDTH / (size_t)tiles) + 1;
@@ -1303,15 +1306,15 @@ INLINE void many_tokens(const Piece *p, const Type type) {
 }
 
 // Tiles inlined into what calls them keep sums in memory (gcc 12: 5 % slower): hence the table.
-INLINE void multiply_piece(const Piece *p, const Type type) {
+INLINE void multiply_slice(const Slice *p, const Type type) {
     if (p->in->n < MANY) few_tokens(p, type);
     else many_tokens(p, type);
 }
-static void f32_piece(const Piece *p) { multiply_piece(p, F32); }
-static void bf16_piece(const Piece *p) { multiply_piece(p, BF16); }
-static void f16_piece(const Piece *p) { multiply_piece(p, F16); }
-static void (*const float_pieces[])(const Piece *p) = {
-    [F32] = f32_piece, [BF16] = bf16_piece, [F16] = f16_piece};
+static void f32_slice(const Slice *p) { multiply_slice(p, F32); }
+static void bf16_slice(const Slice *p) { multiply_slice(p, BF16); }
+static void f16_slice(const Slice *p) { multiply_slice(p, F16); }
+static void (*const float_slices[])(const Slice *p) = {
+    [F32] = f32_slice, [BF16] = bf16_slice, [F16] = f16_slice};
 
 // Where column i of a row's group lies among the group's lines, in which half of the byte if q4.
 static size_t byte_of(Type type, int row, int i) {
@@ -1343,7 +1346,7 @@ static void multiply_unit(float *out, size_t stride, const Tensor *w, int unit, 
     const int first = unit * GROUP, end = least(first + GROUP, w->rows);
     if (w->type == Q8) q_unit(out, stride, w, unit, in, Q8, s);
     else if (w->type == Q4) q_unit(out, stride, w, unit, in, Q4, s);
-    else float_pieces[w->type](&(Piece){out, stride, w, first, end, in, s});
+    else float_slices[w->type](&(Slice){out, stride, w, first, end, in, s});
 }
 
 // out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products by tensors that
@@ -1596,15 +1599,15 @@ static int widest(const Config *c) { return most(most(c->dim, c->hidden_dim), q_
 static const float *vector(const Tensor *w) { return (const float *)(const void *)w->data; }
 static Inputs deal_inputs(Arena *a, Type type, int n, int cols, size_t model_bytes) {
     const size_t q = is_quantized(type) ? round_up((size_t)n, Q_TOKENS) * group_count(cols) : 0;
-    const size_t f = is_quantized(type) ? 0 : lane_size(cols, n);
+    const size_t f = is_quantized(type) ? 0 : input_lane(cols, n);
     return (Inputs){type, cols, n, model_bytes > HELD ? NEAR : AHEAD, DEAL(a, float, f * WIDTH),
                     DEAL(a, int8_t, q * GROUP), DEAL(a, float, q), DEAL(a, int32_t, q)};
 }
 static Scratch deal_scratch(Arena *a, const Config *c, int n, size_t answer) {
-    const size_t q = is_quantized(c->type), f = !q, tokens = round_up((size_t)n, S_TOKENS);
+    const size_t q = is_quantized(c->type), f = !q;
     const size_t groups = q * group_count(widest(c)), one = sizeof(f32v) * Q_PANELS;
-    return (Scratch){DEAL(a, float, f * WIDTH * turned_apart(widest(c))),
-                     deal(a, f * 4 * tokens, STRIP * sizeof(float)),
+    return (Scratch){DEAL(a, float, f * WIDTH * strip_lane(widest(c))),
+                     deal(a, f * 4 * strip_tokens(n), STRIP * sizeof(float)),
                      deal(a, groups, one), deal(a, c->type == Q4 ? groups : 0, 8 * one),
                      DEAL(a, float, (size_t)n * 2 * GROUP), DEAL(a, float, A_QUERIES * answer)};
 }
@@ -1648,9 +1651,9 @@ static void open_state(State *s) {
 }
 static void close_state(State *s) { munmap(s->arena.at, (size_t)s->arena.used); }
 
-// Steps at once: enough that weights read once serve many. They take 15 MB; with many threads,
-// whose meetings take long, 30 (16 threads: 6 % faster), and of float weights, for turning them
-// costs the same for more (2 threads of bf16: 7 %; of q8 nothing).
+// Steps at once: enough that weights read once serve many, in 15 MB; in 30 with many threads, whose
+// meetings take long (16 threads: 6 % faster), and with float weights, whose turning then serves
+// more (2 threads of bf16: 7 %; q8 gains nothing).
 static int default_batch(const Config *c, const Pool *p) {
     size_t room = (is_quantized(c->type) && p->threads <= 4 ? 15u : 30u) << 20;
     size_t row_size = sizeof(float) * ((size_t)widest(c) + 4 * (size_t)c->dim);

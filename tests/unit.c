@@ -547,7 +547,7 @@ static void prepare_rows(Inputs *in, const float *x, int n) {
 // Inputs of n rows x for weights of a type, each array by itself: a sanitizer then sees its end.
 static Inputs new_inputs(Type type, const float *x, int n, int cols) {
     size_t groups = round_up((size_t)n, Q_TOKENS) * group_count(cols);
-    Inputs in = {type, cols, n, n % 2 ? NEAR : AHEAD, NEW(float, lane_size(cols, n) * WIDTH),
+    Inputs in = {type, cols, n, n % 2 ? NEAR : AHEAD, NEW(float, input_lane(cols, n) * WIDTH),
                  NEW(int8_t, groups * GROUP), NEW(float, groups), NEW(int32_t, groups)};
     prepare_rows(&in, x, n);
     return in;
@@ -597,8 +597,8 @@ static void activations_become_whole_numbers_of_127ths(void) {
 static Scratch *new_scratch(int threads, int tokens, int cols) {
     Scratch *s = NEW(Scratch, threads);
     for (int i = 0; i < threads; i++) {
-        s[i].turned = aligned_alloc(64, WIDTH * turned_apart(cols) * sizeof *s->turned);
-        s[i].sums = aligned_alloc(64, 4 * round_up((size_t)tokens, S_TOKENS) * sizeof *s->sums);
+        s[i].turned = aligned_alloc(64, WIDTH * strip_lane(cols) * sizeof *s->turned);
+        s[i].sums = aligned_alloc(64, 4 * strip_tokens(tokens) * sizeof *s->sums);
         s[i].kept = aligned_alloc(64, group_count(cols) * sizeof *s->kept);
         s[i].line = aligned_alloc(64, group_count(cols) * sizeof *s->line);
     }
@@ -639,8 +639,8 @@ static void check_product(const float *out, const Tensor *w, const Inputs *in, c
 // A product is right, and the same bits for every number of tokens at once and of threads.
 static void check_matmul(Type type, int rows, int cols) {
     enum { TOKENS = MANY + 17 };
-    static const int at_once[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
-                                  MANY - 1, MANY, MANY + 1, 24, TOKENS};
+    static const int at_once[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 24,
+                                  MANY - 1, MANY, MANY + 1, TOKENS};
     Tensor w = random_tensor(type, rows, cols, (uint32_t)(rows * cols));
     float *x = random_numbers((size_t)(TOKENS * cols), 99);
     Inputs in = new_inputs(type, x, TOKENS, cols), alone = new_inputs(type, x, 1, cols);
