@@ -1120,6 +1120,22 @@ static void a_state_begins_as_zeros(void) {
     }
 }
 
+// Short texts then touch little memory, whatever the context.
+static void each_text_fills_its_cache_from_the_front(void) {
+    Model m = {.config = small_config(Q8)};
+    Pool p = {.threads = 1};
+    State s = {.model = &m, .pool = &p, .context = 3 * BLOCK, .slots = 2, .batch = 1,
+               .logit_rows = 1};
+    open_state(&s);
+    const Cache *c = &s.cache;
+    const char *next = c->blocks;
+    for (size_t slot = 0; slot < 2; slot++)
+        for (int pos = 0; pos < 3 * BLOCK; pos += BLOCK)
+            for (size_t h = 0; h < c->heads; h++, next += 2 * BLOCK * c->head_pad * 2)
+                EXPECT(block_of(c, slot * c->heads + h, pos + BLOCK - 1) == next);
+    close_state(&s);
+}
+
 // Logits of n ids, fed `batch` at a time on some threads.
 static float *fed_logits(const Model *m, const int *ids, int n, int batch, int threads) {
     const Config *c = &m->config;
@@ -1708,6 +1724,7 @@ static const Test tests[] = {
     TEST(sizes_that_overflow_are_dealt_as_too_much),
     TEST(memory_that_cannot_be_had_is_said_with_what_helps),
     TEST(a_state_begins_as_zeros),
+    TEST(each_text_fills_its_cache_from_the_front),
     TEST(text_grows_by_any_amount),
     TEST(a_header_written_is_the_config_read),
     TEST(the_tensors_of_all_slots_fill_the_layers_and_the_model),
