@@ -914,7 +914,7 @@ INLINE void store_some(float *out, f32v v, int n) {
 // turning weights pays, a STRIP, with REST tokens where S_TOKENS are no longer there. Weights are
 // sent for AHEAD bytes in front of where a tile is, inputs of a strip SOON numbers. Decoding takes
 // NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster; held ones of q8 20 % slower),
-// but quantized ones with AVX-512 (Zen 5: float ones 3 to 8 % faster, q4 3 to 5 % slower).
+// with AVX-512 only for float weights (Zen 5: those 3 to 8 % faster, q4 3 to 5 % slower).
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
 enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
 enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20 };
@@ -1170,10 +1170,11 @@ typedef struct {
     const Inputs *in; const Scratch *own;
 } Slice;
 
-// F_ROWS rows by T tokens from t0 on, H parts of their vectors at a time: as many sums as registers
-// hold. The rows are `gap`, a quarter of the slice, apart: memory gives more to who reads four
-// streams, each in order (Zen 5, one token: 1.2 to 1.3 times faster than by neighbours). Weights
-// are sent for (1 or 2 tokens of bf16: 1.1 or 1.9 times faster).
+// F_ROWS rows, r and others `gap` apart, by T tokens from t0 on, H parts of their vectors at a
+// time: as many sums as registers hold. A gap is a quarter of the slice, as memory gives more to
+// who reads four streams, each in order, than to who reads neighbours (one token, Zen 5: 1.2 to 1.3
+// times faster; a Xeon: bf16 1.02 to 1.06, f32 0.93 to 0.97). Weights are sent for (1 or 2 tokens
+// of bf16: 1.1 or 1.9 times faster).
 INLINE void float_tile(const Slice *p, int r, int gap, int t0, const Type type, const int T) {
     const Tensor *w = p->w;
     const int whole = w->cols / WIDTH, H = T == 1 ? PARTS : 1;
@@ -1641,8 +1642,8 @@ static void lay_out(State *s, Arena *a) {
     s->answers = DEAL(a, float, (size_t)s->records * (size_t)c->n_heads * answer);
     s->cache = (Cache){context, c->head_dim, pad, least(c->window ? c->window : context, context),
                        heads, is_quantized(c->type), NULL};
-    s->cache.blocks = deal(a, (size_t)s->slots * heads * (size_t)context * 2,
-                           (size_t)pad * (s->cache.half ? 2 : 4));
+    s->cache.blocks = deal(a, (size_t)s->slots * heads,
+                           (size_t)context * 2 * (size_t)pad * (s->cache.half ? 2 : 4));
     s->scratch = DEAL(a, Scratch, (size_t)s->pool->threads);
     for (int i = 0; i < s->pool->threads; i++) {
         Scratch own = deal_scratch(a, c, s->batch, answer);
