@@ -914,7 +914,7 @@ INLINE void store_some(float *out, f32v v, int n) {
 // turning weights pays, a STRIP, with REST tokens where S_TOKENS are no longer there. Weights are
 // sent for AHEAD bytes in front of where a tile is, inputs of a strip SOON numbers. Decoding takes
 // NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster; held ones of q8 20 % slower),
-// with AVX-512 only for float weights (Zen 5: those 3 to 8 % faster, q4 3 to 5 % slower).
+// without PAIRS only for float weights (Zen 5: those 3 to 8 % faster, q4 3 to 5 % slower).
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
 enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
 enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20 };
@@ -1456,16 +1456,17 @@ typedef struct {
     size_t heads;                            // layers * kv_heads
     bool half; void *blocks;
 } Cache;
-// Of head (slot * layers + l) * kv_heads + h.
-static char *block_of(const Cache *c, size_t head, int pos) {
-    size_t before = head / c->heads * (size_t)(c->context / BLOCK) + (size_t)(pos / BLOCK);
-    size_t first = (before * c->heads + head % c->heads) * BLOCK;
+// Of head l * kv_heads + h.
+static char *block_of(const Cache *c, int slot, size_t head, int pos) {
+    size_t before = (size_t)slot * (size_t)(c->context / BLOCK) + (size_t)(pos / BLOCK);
+    size_t first = (before * c->heads + head) * BLOCK;
     return (char *)c->blocks + first * 2 * (size_t)c->head_pad * (c->half ? 2 : 4);
 }
-static void cache_position(const Cache *c, size_t head, int pos, const float *k, const float *v) {
+static void cache_position(const Cache *c, int slot, size_t head, int pos, const float *k,
+                           const float *v) {
     size_t in = (size_t)pos % BLOCK, pad = (size_t)c->head_pad, value = (BLOCK + in) * pad;
     size_t key = in / WIDTH * WIDTH * pad + in % WIDTH;
-    uint16_t *halves = (void *)block_of(c, head, pos);
+    uint16_t *halves = (void *)block_of(c, slot, head, pos);
     float *floats = (void *)halves;
     for (int i = 0; i < c->head_dim; i++, key += WIDTH)
         if (c->half) halves[key] = narrow_half(k[i]);
@@ -1769,9 +1770,8 @@ static void rotate(float *head, const float *angles, const Config *c) {
 static void add_bias(float *x, const Tensor *bias) {  // of 0 columns if the model has none
     for (int i = 0; i < bias->cols; i++) x[i] += vector(bias)[i];
 }
-static size_t cache_head(const State *s, int t, int kv_head) {
-    size_t layers = (size_t)s->model->config.n_layers, heads = (size_t)s->model->config.n_kv_heads;
-    return ((size_t)s->steps[t].slot * layers + (size_t)s->l) * heads + (size_t)kv_head;
+static size_t cache_head(const State *s, int kv_head) {
+    return (size_t)s->l * (size_t)s->model->config.n_kv_heads + (size_t)kv_head;
 }
 
 // Biases and norms of heads, if the model has them, and turns; keys and values go to the cache.
@@ -1787,8 +1787,9 @@ static void place_row(State *s, int t) {
         rotate(x, row(s->angles, t, c->head_dim), c);
     }
     for (int i = 0; i < q_dim(c); i++) q[i] *= 1 / sqrtf((float)c->head_dim);
+    const Step *step = &s->steps[t];
     for (int h = 0; h < c->n_kv_heads; h++, k += c->head_dim, v += c->head_dim)
-        cache_position(&s->cache, cache_head(s, t, h), s->steps[t].pos, k, v);
+        cache_position(&s->cache, step->slot, cache_head(s, h), step->pos, k, v);
 }
 
 // What a step's head has gathered from one of the parts of its blocks.
@@ -1810,10 +1811,10 @@ static void attend_items(void *job, int thread, int first, int end) {
     for (int item = first; item < end; item++) {
         int kv_head = item % c->n_kv_heads, part = item / c->n_kv_heads % s->parts;
         int t = item / c->n_kv_heads / s->parts * s->run, n = least(s->run, s->n - t);
-        int pos = s->steps[t].pos, queries = n * group;
+        int slot = s->steps[t].slot, pos = s->steps[t].pos, queries = n * group;
         for (int i = part; i * BLOCK < pos + n; i += s->parts) {
             if ((i + 1) * BLOCK <= pos + 1 - s->cache.sight) continue;
-            const char *block = block_of(&s->cache, cache_head(s, t, kv_head), i * BLOCK);
+            const char *block = block_of(&s->cache, slot, cache_head(s, kv_head), i * BLOCK);
             Query q[A_QUERIES];
             for (int j = 0, k = 0; j < queries; j++) {
                 q[k++] = query_of(s, t + j / group, part, kv_head * group + j % group);

@@ -778,7 +778,7 @@ static void open_scene(Scene *s, Config c, int threads, int from, int n) {
     for (int pos = 0; pos < from + n; pos++)
         for (int h = 0; h < c.n_kv_heads; h++) {
             size_t at = (size_t)(pos * kv_dim(&c) + h * c.head_dim);
-            cache_position(&s->state.cache, (size_t)h, pos, s->keys + at, s->values + at);
+            cache_position(&s->state.cache, 0, (size_t)h, pos, s->keys + at, s->values + at);
         }
     for (size_t i = 0; i < kv && is_quantized(c.type); i++) {
         s->keys[i] = widen_half(narrow_half(s->keys[i]));
@@ -1129,10 +1129,10 @@ static void each_text_fills_its_cache_from_the_front(void) {
     open_state(&s);
     const Cache *c = &s.cache;
     const char *next = c->blocks;
-    for (size_t slot = 0; slot < 2; slot++)
+    for (int slot = 0; slot < 2; slot++)
         for (int pos = 0; pos < 3 * BLOCK; pos += BLOCK)
             for (size_t h = 0; h < c->heads; h++, next += 2 * BLOCK * c->head_pad * 2)
-                EXPECT(block_of(c, slot * c->heads + h, pos + BLOCK - 1) == next);
+                EXPECT(block_of(c, slot, h, pos + BLOCK - 1) == next);
     close_state(&s);
 }
 
