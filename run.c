@@ -95,9 +95,26 @@ static void push(Tokens *t, int id) {
     t->at[t->n++] = id;
 }
 
+enum { PAGE = 2 << 20 };  // bytes of a large page; files are written in as many (see export.py)
+#ifndef MADV_HUGEPAGE
+#define MADV_HUGEPAGE MADV_NORMAL  // such pages are Linux's
+#endif
+
 // Many arrays of one lifetime, dealt out from one block that the system fills with zeros page by
 // page when touched. A first round with `at` NULL adds up the bytes: in a double none overflows.
 typedef struct { char *at; double used; } Arena;
+
+// A block of this size. What is used all over is best in large pages (Zen 5 as a virtual machine:
+// Llama 2's tokens are read in 3 ms, not 8; see open_state), what is not waits for their zeros, 0.1
+// to 5 ms a page.
+static Arena open_arena(double bytes, bool large_pages, const char *advice) {
+    size_t size = round_up((size_t)fmin(bytes, 1e18), PAGE);
+    void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (at == MAP_FAILED) die("no memory for %.0f MB%s", bytes / 1e6, advice);
+    if (large_pages) madvise(at, size, MADV_HUGEPAGE);
+    return (Arena){at, 0};
+}
+static void close_arena(Arena *a) { munmap(a->at, round_up((size_t)a->used, PAGE)); }
 static void *deal(Arena *a, size_t n, size_t size) {
     void *p = a->at ? a->at + (size_t)a->used : NULL;
     a->used += 64 * ceil((double)n * (double)size / 64);
@@ -135,7 +152,6 @@ static Bytes read_text(const char *path) {
     if (in != stdin) fclose(in);
     return b;
 }
-enum { PAGE = 2 << 20 };  // bytes that files are written in: see BLOCK in export.py
 
 // Where results go: standard output, or a file that takes its name only when it is
 // complete. Until then it has none on Linux, so whatever ends the program leaves nothing behind,
@@ -148,9 +164,6 @@ static void check_output(const Output *o, bool done) {
 
 #ifndef O_TMPFILE
 #define O_TMPFILE O_DIRECTORY  // which cannot be opened to write
-#endif
-#ifndef MADV_HUGEPAGE
-#define MADV_HUGEPAGE MADV_NORMAL  // large pages are Linux's
 #endif
 static Output open_output(const char *path) {
     struct stat st;
@@ -429,7 +442,9 @@ static Model open_model(const char *path) {
     m.layers = new_array((size_t)m.config.n_layers, sizeof *m.layers);
     check_size(f, ours ? take_ours(&m) : take_llama2c(&m, marked));
     if (m.config.flags & TIED) m.layers[0][CLASSIFIER] = m.layers[0][EMBEDDING];
-    // Read ahead in big steps; pages are only asked for, so a model larger than memory still runs.
+    // Read ahead, into large pages where the system can (decoding 1.1B q8 in a virtual machine: 50
+    // to 55 tokens/s, not 36 to 43). Only asked for, so a model larger than memory still runs.
+    madvise((void *)(uintptr_t)f->at, f->size, MADV_HUGEPAGE);
     madvise((void *)(uintptr_t)f->at, f->size, MADV_WILLNEED);
     return m;
 }
@@ -1656,17 +1671,13 @@ static void lay_out(State *s, Arena *a) {
 static double state_bytes(State s) { Arena a = {0}; lay_out(&s, &a); return a.used; }
 
 // Large pages serve models that no cache holds (Zen 5 as a virtual machine: prompts of q8 2 to 4 %,
-// of bf16 4 to 5 %, decoding at 1,900 4 to 14 % faster); a small one would wait for their zeros.
+// of bf16 4 to 5 % faster, decoding at 1,900 4 to 14 %).
 static void open_state(State *s) {
-    double size = state_bytes(*s);
-    void *at = mmap(NULL, (size_t)fmin(size, 1e18), PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANON, -1, 0);
-    if (at == MAP_FAILED) die("no memory for %.0f MB; a smaller context (-c) helps", size / 1e6);
-    if (s->model->file.size > HELD) madvise(at, (size_t)size, MADV_HUGEPAGE);
-    s->arena = (Arena){at, 0};
+    bool held = s->model->file.size <= HELD;
+    s->arena = open_arena(state_bytes(*s), !held, "; a smaller context (-c) helps");
     lay_out(s, &s->arena);
 }
-static void close_state(State *s) { munmap(s->arena.at, (size_t)s->arena.used); }
+static void close_state(State *s) { close_arena(&s->arena); }
 
 // Steps at once: enough that weights read once serve many, in 15 MB; in 30 with many threads, whose
 // meetings take long (16 threads: 6 % faster), and with float weights, whose turning then serves
@@ -1950,6 +1961,7 @@ typedef struct {
     struct Entry { uint64_t key, value; } *entry;  // (mask + 1) a hash table; value 0: free
     size_t mask;
     uint8_t *class, *mark;      // (CODES) OTHER is 1 << 0, ..; canonical combining class, for NFC
+    Arena arena;                // holds the four
     uint8_t user_defined[256];  // length of the longest such token that begins with this byte
     bool joined[256][256];      // whether some token has these two bytes side by side
 } Tokenizer;
@@ -2063,7 +2075,6 @@ static void check_header(const File *f, const TokenizerHeader *h, int vocab_size
 static void read_tokens(Tokenizer *t, size_t at, bool own) {
     const File *f = &t->file;
     uint32_t count = t->header.n_tokens, head = own ? 12 : 8;
-    t->token = NEW(Token, count);
     for (uint32_t id = 0; id < count; id++) {
         const uint8_t *start = f->at + at, *p = start + head;
         size_t n = at + head > f->size ? 0 : read_u32(p - 4);
@@ -2109,8 +2120,8 @@ static void read_merges(Tokenizer *t, const uint32_t *row) {
 }
 
 // Rows of (first code, value), each valid up to the next, as one value a code.
-static uint8_t *read_runs(const File *f, const uint32_t *row, uint32_t rows, int most) {
-    uint8_t *values = NEW(uint8_t, CODES);
+static void read_runs(uint8_t *values, const File *f, const uint32_t *row, uint32_t rows,
+                      int most) {
     check(f, "first code of a table of characters", rows ? row[0] : UNICODE, 0, 0);
     for (uint32_t i = 0; i < rows; i++, row += 2) {
         uint32_t end = i + 1 < rows ? row[2] : UNICODE;
@@ -2118,7 +2129,6 @@ static uint8_t *read_runs(const File *f, const uint32_t *row, uint32_t rows, int
         check(f, "value in a table of characters", row[1], 0, most);
         memset(values + row[0], (int)row[1], end - row[0]);
     }
-    return values;
 }
 
 // The rows of the file, and Hangul, which it leaves out.
@@ -2134,6 +2144,13 @@ static void read_compositions(Tokenizer *t, const uint32_t *row) {
         enter(t, pair(APART | codes[0], 0), pair(codes[1], codes[2]));
         if (r[0] == codes[0]) enter(t, pair(TOGETHER | codes[1], codes[2]), codes[0]);
     }
+}
+
+static void lay_out_tables(Tokenizer *t, Arena *a) {
+    t->token = DEAL(a, Token, t->header.n_tokens);
+    t->entry = DEAL(a, struct Entry, t->mask + 1);
+    t->class = DEAL(a, uint8_t, t->header.rule ? CODES : 0);
+    t->mark = DEAL(a, uint8_t, t->header.flags & NFC ? CODES : 0);
 }
 
 // Our format, with at most the tokens that the model has, or llama2.c's, with exactly them.
@@ -2153,23 +2170,23 @@ static Tokenizer open_tokenizer(const char *path, int vocab_size) {
     check(f, "number of bytes in front of the tokens", (double)tokens, 0, (double)f->size);
     size_t wanted = words + 2 * (size_t)h->n_tokens + (h->flags & NFC ? 3 * SYLLABLES : 0);
     while (t.mask < wanted) t.mask += t.mask + 1;  // a row of 3 words has 2 keys at most: 2/3 full
-    t.entry = NEW(struct Entry, t.mask + 1);
+    lay_out_tables(&t, &t.arena);
+    t.arena = open_arena(t.arena.used, true, "");
+    lay_out_tables(&t, &t.arena);
     const uint32_t *rows = (const void *)(f->at + start);
     read_tokens(&t, tokens, own);
     read_merges(&t, rows);
     if (h->rule) {
-        t.class = read_runs(f, rows + classes, h->n_classes, 3);
+        read_runs(t.class, f, rows + classes, h->n_classes, 3);
         t.class[' '] = 4, t.class['\n'] = t.class['\r'] = 5;
     }
     if (h->flags & NFC) {
-        t.mark = read_runs(f, rows + marks, h->n_marks, UINT8_MAX);
+        read_runs(t.mark, f, rows + marks, h->n_marks, UINT8_MAX);
         read_compositions(&t, rows + compositions);
     }
     return t;
 }
-static void close_tokenizer(Tokenizer *t) {
-    free(t->token), free(t->entry), free(t->class), free(t->mark), close_file(&t->file);
-}
+static void close_tokenizer(Tokenizer *t) { close_arena(&t->arena), close_file(&t->file); }
 
 // Append the parts of a character, of which only the first has parts itself. A mark goes in front
 // of those of a higher class.
