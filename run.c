@@ -925,12 +925,13 @@ INLINE void store_some(float *out, f32v v, int n) {
 //
 // q8 stores w/scale plus 128, q4 plus 8. Rows and columns that pad are zero, scales that pad are 0.
 
-// A unit of a matmul is GROUP rows. Float tiles have F_ROWS rows, or from MANY tokens on, where
+// A unit of a matmul is GROUP rows, a slice some units. Float tiles have F_ROWS rows, or from MANY tokens on, where
 // turning weights pays, a STRIP, with REST tokens where S_TOKENS are no longer there. Weights are
 // sent for AHEAD bytes in front of where a tile is, inputs of a strip SOON numbers. Decoding takes
 // NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster; held ones of q8 20 % slower),
 // without PAIRS only for float weights (Zen 5: those 3 to 8 % faster, q4 3 to 5 % slower).
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
+enum { STREAMS = 2 * Q_PANELS };  // built for AVX2 on Zen 5, four are 6 to 10 % slower than two
 enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
 enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20 };
 
@@ -1029,8 +1030,15 @@ static void prepare_row(const Inputs *in, int t, const float *x) {
 typedef struct {
     float *turned; f32v (*sums)[STRIP / WIDTH];
     f32v (*kept)[Q_PANELS]; i32v (*line)[Q_PANELS][8];
-    float *gate, *found;  // (2, n, GROUP) of gate_units, (A_QUERIES, MIX + head_pad) of look
+    float *gate, *found;  // (2, n or 1, rows) of gate_units, (A_QUERIES, MIX + head_pad) of look
 } Scratch;
+
+// A slice of a product: rows first to end of w by all tokens.
+typedef struct {
+    float *out; size_t stride;  // its numbers from token to token
+    const Tensor *w; int first, end;
+    const Inputs *in; const Scratch *own;
+} Slice;
 
 // A line's weights for dot4. In q4 a line holds two: the low and the high halves of its bytes.
 INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
@@ -1045,8 +1053,8 @@ INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
     MAP(i32v, pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k]) : dot4(sum.p[k], w.p[k], x.p[k]));
 }
 
-// P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer sum), stride
-// numbers from token to token. Lanes are rows: nothing is added across lanes.
+// P panels, `gap` apart, by T tokens from t0 on: out(t, row) = sum over groups of scale_w * scale_x
+// * (integer sum). Lanes are rows: nothing is added across lanes.
 //
 // A group's integer sum starts at ROUNDER_BITS less the zero point times the sum of its
 // activations. Read as a float the result is ROUNDER + sum, and s * (ROUNDER + sum) - s * ROUNDER,
@@ -1054,57 +1062,56 @@ INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
 // 2 (6 % faster). The first of the widest tiles keeps s * -ROUNDER for the others (2 %) and, where
 // a line is one register, the weights of q4 (a Xeon: 8 to 12 %).
 //
-// Many tokens: each tile sends for its share of the next panels (5 %). One: each line for the one
-// ahead of it, in the next panels where these end, each group for its scales there (q4: 1.3 times
-// faster), in few instructions. Not by prefetchnta, which makes a Xeon decode 3 times slower.
-INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const Inputs *in, int t0,
-                   Type type, const Scratch *own, const int T, const int P) {
-    const int rows = w->rows, groups = (int)group_count(w->cols);
-    const bool pairs = PAIRS && type == Q4, keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS;
-    const int chains = T == 1 && !pairs ? 2 : 1;  // of sums: a step need not wait for the last
+// The first tile of a panel sends for weights: each line for the one ahead of it, in the next
+// panels where these end, each group for its scales there (q4: 1.3 times faster; 2 to 8 tokens: q8
+// 1.1 to 1.3, q4 1.2 to 1.5), in few instructions. The others each send for a share of the next
+// panels (5 %). Not by prefetchnta, which makes a Xeon decode 3 times slower.
+INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, const int T,
+                   const int P) {
+    const Tensor *w = slice->w;
+    const Inputs *in = slice->in;
+    const int groups = (int)group_count(w->cols), last = (int)panel_count(w->rows) - 1;
+    const bool pairs = PAIRS && type == Q4, leads = t0 == 0;
+    const bool keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS && in->n > T;
     const size_t bytes = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
-    const size_t step = panel + P <= (int)panel_count(rows) ? bytes : 0;  // 0: read the last twice
+    const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * bytes;  // 0: it again
+    const size_t onward = gap == 1 ? (size_t)P * step : bytes;  // to the panels that come next
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
-    const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + P * step;
-    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon[UNIT_PANELS];
+    const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + onward;
+    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + in->ahead;
     const int8_t *q = in->q + first * GROUP;
     const float *scale = in->scale + first;
     const int32_t *start = in->start + first;
-    f32v sum[UNIT_PANELS][Q_TOKENS] = {0};
-    UNROLL for (int p = 0; p < P; p++) soon[p] = lines + (size_t)p * step + in->ahead;
+    f32v sum[STREAMS][Q_TOKENS] = {0};
     for (int g = 0; g < groups; g++, lines += size, scales += PANEL * 2) {
-        if (g == groups - in->ahead / (int)size)
-            UNROLL for (int p = 0; p < P; p++) soon[p] = next + (size_t)p * step;
-        i32v whole[UNIT_PANELS][Q_TOKENS];
-        if (T == Q_TOKENS) __builtin_prefetch(next + (size_t)(t0 / T * groups + g) * LINE, 0, 2);
-        UNROLL for (int t = 0; t < T * chains; t++) UNROLL for (int p = 0; p < P; p++)
-            whole[p][t] = spread_int(pairs || t >= T ? 0 : start[g * Q_TOKENS + t]);
+        i32v whole[STREAMS][Q_TOKENS], line[STREAMS];
+        if (g == groups - in->ahead / (int)size) soon = next;
+        if (!leads) __builtin_prefetch(next + (size_t)((t0 / T - 1) * groups + g) * LINE, 0, 2);
+        UNROLL for (int t = 0; t < T; t++) UNROLL for (int p = 0; p < P; p++)
+            whole[p][t] = spread_int(pairs ? 0 : start[g * Q_TOKENS + t]);
         UNROLL for (int i = 0; i < 8; i++) {
-            i32v line[UNIT_PANELS];
             UNROLL for (int p = 0; p < P; p++) {
-                const bool kept = keeps && t0 > 0, ask = T == 1 && i * size % (8 * LINE) == 0;
+                const bool kept = keeps && !leads, ask = leads && i * size % (8 * LINE) == 0;
                 const uint8_t *at = lines + (size_t)p * step;
-                line[p] = kept ? own->line[g][p][i] : weights_of_line(type, at, i);
-                if (keeps && t0 == 0) own->line[g][p][i] = line[p];
-                if (ask) __builtin_prefetch(soon[p] + i * size / 8);
+                line[p] = kept ? slice->own->line[g][p][i] : weights_of_line(type, at, i);
+                if (keeps && leads) slice->own->line[g][p][i] = line[p];
+                if (ask) __builtin_prefetch(soon + (size_t)p * step + i * size / 8);
             }
             UNROLL for (int t = 0; t < T; t++) {
                 const int8_t *four = q + (size_t)(g * Q_TOKENS + t) * GROUP + 4 * i;
                 i32v x = spread_int((int32_t)read_u32(four));
                 UNROLL for (int p = 0; p < P; p++)
-                    whole[p][t + i % chains] = dot(whole[p][t + i % chains], line[p], x, pairs);
+                    whole[p][t] = dot(whole[p][t], line[p], x, pairs);
             }
-            if (T == 1) UNROLL for (int p = 0; p < P; p++)
-                in_turn(&soon[p], &whole[p][i % chains].p[0]);
+            if (T < Q_TOKENS) UNROLL for (int p = 0; p < P; p++) in_turn(&soon, &whole[p][0].p[0]);
         }
-        UNROLL for (int p = 0; p < P; p++) soon[p] += size;
+        soon += size;
         UNROLL for (int p = 0; p < P; p++) {
             const void *half = scales + (size_t)p * step;
             f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
-            if (T == Q_TOKENS && t0 > 0) less = own->kept[g][p];
-            else if (T == Q_TOKENS) own->kept[g][p] = less;
-            if (T == 1) __builtin_prefetch((const char *)half + P * step);
-            if (chains == 2) EACH_PART whole[p][0].p[k] += whole[p][1].p[k];
+            if (T == Q_TOKENS && !leads) less = slice->own->kept[g][p];
+            else if (T == Q_TOKENS) slice->own->kept[g][p] = less;
+            if (leads) __builtin_prefetch((const char *)half + onward);
             UNROLL for (int t = 0; t < T; t++) {
                 i32v begin = spread_int(start[g * Q_TOKENS + t]);
                 EACH_PART if (pairs) whole[p][t].p[k] = add_pairs(begin.p[k], whole[p][t].p[k]);
@@ -1113,27 +1120,31 @@ INLINE void q_tile(float *out, size_t stride, const Tensor *w, int panel, const 
             }
         }
     }
-    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++)
-        store_some(out + (size_t)(t0 + t) * stride + p * PANEL, sum[p][t],
-                   most(0, rows - (panel + p) * PANEL));
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) {
+        const int row = (panel + p * gap) * PANEL;
+        float *out = slice->out + (size_t)(t0 + t) * slice->stride + (row - slice->first);
+        if (t0 + t < in->n) store_some(out, sum[p][t], most(0, w->rows - row));
+    }
 }
 
-// All tokens against a unit, the widest tile first. Conditions as `Q > 4` halve a build's time. One
-// token takes all panels at once: memory gives more to who reads in two places (AVX2, Zen 3:
-// decoding 1.15 to 1.3 times faster; four are no better).
-INLINE void q_unit(float *out, size_t stride, const Tensor *w, int unit, const Inputs *in,
-                   Type type, const Scratch *own) {
+// All tokens against a slice, the widest tile first; of the last tile some may not be there. One
+// token takes STREAMS panels at once, each stream in order through its part of the slice, as memory
+// gives more to who reads so than to who reads neighbours (Zen 5: q4 1.08 to 1.15, q8 1.01 to 1.05
+// times faster, built for AVX2 1.05 and 1.1). Conditions as `Q > 4` halve a build's time.
+INLINE void q_slice(const Slice *s, Type type) {
     enum { P = Q_PANELS, Q = Q_TOKENS };
-    const int n = in->n, first = unit * UNIT_PANELS;
-    const int end = least(first + UNIT_PANELS, (int)panel_count(w->rows));
-    int t = 0;
-    for (int p = first; p < end; p += P) {
-        float *at = out + (p - first) * PANEL;
-        for (t = 0; n - t >= Q; t += Q) q_tile(at, stride, w, p, in, t, type, own, Q, P);
-        for (; Q > 4 && n - t >= 4; t += 4) q_tile(at, stride, w, p, in, t, type, own, 4, P);
-        for (; Q > 2 && n - t >= 2; t += 2) q_tile(at, stride, w, p, in, t, type, own, 2, P);
+    const int n = s->in->n, first = s->first / PANEL, end = (s->end - 1) / PANEL + 1;
+    const int gap = n == 1 ? (end - first) / STREAMS : 0;
+    int p = first;
+    for (; p < first + gap; p++) q_tile(s, p, gap, 0, type, 1, STREAMS);
+    p = first + STREAMS * gap;
+    for (; n == 1 && p < end; p += UNIT_PANELS) q_tile(s, p, 1, 0, type, 1, UNIT_PANELS);
+    for (; p < end; p += P) {
+        int t = 0;
+        for (; Q > 4 && n - t > 4; t += Q) q_tile(s, p, 1, t, type, Q, P);
+        for (; Q > 2 && n - t > 2; t += 4) q_tile(s, p, 1, t, type, 4, P);
+        for (; t < n; t += 2) q_tile(s, p, 1, t, type, 2, P);
     }
-    if (t < n) q_tile(out, stride, w, first, in, t, type, own, 1, UNIT_PANELS);
 }
 
 // Float weights. Lane i of a product's 16 sums takes columns i, i + 16, ... Few tokens keep the 16
@@ -1178,18 +1189,11 @@ INLINE void add_products(f32v (*sum)[F_ROWS], const float *x, size_t apart, cons
     }
 }
 
-// A slice of a product: rows first to end of w by all tokens.
-typedef struct {
-    float *out; size_t stride;  // its numbers from token to token
-    const Tensor *w; int first, end;
-    const Inputs *in; const Scratch *own;
-} Slice;
-
 // F_ROWS rows, r and others `gap` apart, by T tokens from t0 on, H parts of their vectors at a
 // time: as many sums as registers hold. A gap is a quarter of the slice, as memory gives more to
 // who reads four streams, each in order, than to who reads neighbours (one token, Zen 5: 1.2 to 1.3
-// times faster; a Xeon: bf16 1.02 to 1.06, f32 0.93 to 0.97). Weights are sent for (1 or 2 tokens
-// of bf16: 1.1 or 1.9 times faster).
+// times faster in slices of 32 rows, then 1.06 to 1.4 in longer ones). Weights are sent for (1 or 2
+// tokens of bf16: 1.1 or 1.9 times faster).
 INLINE void float_tile(const Slice *p, int r, int gap, int t0, const Type type, const int T) {
     const Tensor *w = p->w;
     const int whole = w->cols / WIDTH, H = T == 1 ? PARTS : 1;
@@ -1326,16 +1330,19 @@ INLINE void many_tokens(const Slice *p, const Type type) {
     }
 }
 
-// Tiles inlined into what calls them keep sums in memory (gcc 12: 5 % slower): hence the table.
-INLINE void multiply_slice(const Slice *p, const Type type) {
+INLINE void float_slice(const Slice *p, const Type type) {
     if (p->in->n < MANY) few_tokens(p, type);
     else many_tokens(p, type);
 }
-static void f32_slice(const Slice *p) { multiply_slice(p, F32); }
-static void bf16_slice(const Slice *p) { multiply_slice(p, BF16); }
-static void f16_slice(const Slice *p) { multiply_slice(p, F16); }
-static void (*const float_slices[])(const Slice *p) = {
-    [F32] = f32_slice, [BF16] = bf16_slice, [F16] = f16_slice};
+
+// Tiles inlined into what calls them keep sums in memory (gcc 12: 5 % slower): hence the table.
+static void f32_slice(const Slice *p) { float_slice(p, F32); }
+static void bf16_slice(const Slice *p) { float_slice(p, BF16); }
+static void f16_slice(const Slice *p) { float_slice(p, F16); }
+static void q8_slice(const Slice *p) { q_slice(p, Q8); }
+static void q4_slice(const Slice *p) { q_slice(p, Q4); }
+static void (*const multiply_slice[])(const Slice *p) = {
+    [F32] = f32_slice, [BF16] = bf16_slice, [F16] = f16_slice, [Q8] = q8_slice, [Q4] = q4_slice};
 
 // Where column i of a row's group lies among the group's lines, in which half of the byte if q4.
 static size_t byte_of(Type type, int row, int i) {
@@ -1361,26 +1368,29 @@ static void unpack_row(float *out, const Tensor *w, int row) {
     }
 }
 
-// A unit's rows of in(n, cols) w(rows, cols)^T, `stride` numbers from token to token.
-static void multiply_unit(float *out, size_t stride, const Tensor *w, int unit, const Inputs *in,
-                          const Scratch *s) {
-    const int first = unit * GROUP, end = least(first + GROUP, w->rows);
-    if (w->type == Q8) q_unit(out, stride, w, unit, in, Q8, s);
-    else if (w->type == Q4) q_unit(out, stride, w, unit, in, Q4, s);
-    else float_slices[w->type](&(Slice){out, stride, w, first, end, in, s});
+// Rows of in(n, cols) w(rows, cols)^T, of some units, `stride` numbers from token to token.
+static int unit_count(int rows) { return (rows - 1) / GROUP + 1; }
+static void multiply_units(float *out, size_t stride, const Tensor *w, int unit, int units,
+                           const Inputs *in, const Scratch *s) {
+    const int first = unit * GROUP, end = least(first + units * GROUP, w->rows);
+    multiply_slice[w->type](&(Slice){out, stride, w, first, end, in, s});
 }
+
+// Units of a slice, of those that are left: all for one token, whose weights come from memory.
+// Those of many tokens come from the cache, where few fit.
+static int slice_units(const Inputs *in, int left) { return in->n == 1 ? left : 1; }
 
 // out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products by tensors that
 // follow each other are done as one job, for fewer meetings of the threads.
 typedef struct { const Tensor *w; float *out[3]; const Inputs *in; Scratch *scratch; } Matmul;
-static int unit_count(int rows) { return (rows - 1) / GROUP + 1; }
 static void matmul_units(void *job, int thread, int first, int end) {
     const Matmul *m = job;
     const Tensor *w = m->w;
-    for (int i = first, before = 0, n; i < end; i++) {
+    for (int i = first, before = 0, some, n; i < end; i += some) {
         while (i - before >= (n = unit_count(w->rows))) before += n, w++;
         float *out = m->out[w - m->w] + (i - before) * GROUP;
-        multiply_unit(out, (size_t)w->rows, w, i - before, m->in, &m->scratch[thread]);
+        some = slice_units(m->in, least(end, before + n) - i);
+        multiply_units(out, (size_t)w->rows, w, i - before, some, m->in, &m->scratch[thread]);
     }
 }
 static void matmul(Pool *pool, Matmul *m) {
@@ -1633,10 +1643,11 @@ static Inputs deal_inputs(Arena *a, Type type, int n, int cols, size_t model_byt
 static Scratch deal_scratch(Arena *a, const Config *c, int n, size_t answer) {
     const size_t q = is_quantized(c->type), f = !q;
     const size_t groups = q * group_count(widest(c)), one = sizeof(f32v) * Q_PANELS;
+    const size_t gate = GROUP * (size_t)most(n, (int)group_count(c->hidden_dim));
     return (Scratch){DEAL(a, float, f * WIDTH * strip_lane(widest(c))),
                      deal(a, f * 4 * strip_tokens(n), STRIP * sizeof(float)),
                      deal(a, groups, one), deal(a, c->type == Q4 ? groups : 0, 8 * one),
-                     DEAL(a, float, (size_t)n * 2 * GROUP), DEAL(a, float, A_QUERIES * answer)};
+                     DEAL(a, float, 2 * gate), DEAL(a, float, A_QUERIES * answer)};
 }
 
 // Every array of the state, once to add up the sizes and once to deal them out.
@@ -1757,13 +1768,14 @@ static void gate_units(void *job, int thread, int first, int end) {
     State *s = job;
     const Tensor *w1 = &s->model->layers[s->l][W1], *w3 = &s->model->layers[s->l][W3];
     const Scratch *own = &s->scratch[thread];
-    for (int i = first; i < end; i++) {
-        float *h1 = own->gate, *h2 = row(h1, s->n, GROUP);
-        multiply_unit(h1, GROUP, w1, i, &s->in, own);
-        multiply_unit(h2, GROUP, w3, i, &s->in, own);
-        const int cols = least(GROUP, w1->rows - i * GROUP);
-        for (int t = 0; t < s->n; t++) swiglu(row(h1, t, GROUP), row(h2, t, GROUP), cols);
-        prepare(&s->gated, 0, s->n, i * GROUP, h1, GROUP, cols);
+    for (int i = first, some; i < end; i += some) {
+        some = slice_units(&s->in, end - i);
+        const int rows = some * GROUP, cols = least(rows, w1->rows - i * GROUP);
+        float *h1 = own->gate, *h2 = row(h1, s->n, rows);
+        multiply_units(h1, (size_t)rows, w1, i, some, &s->in, own);
+        multiply_units(h2, (size_t)rows, w3, i, some, &s->in, own);
+        for (int t = 0; t < s->n; t++) swiglu(row(h1, t, rows), row(h2, t, rows), cols);
+        prepare(&s->gated, 0, s->n, i * GROUP, h1, rows, cols);
     }
 }
 
