@@ -925,11 +925,12 @@ INLINE void store_some(float *out, f32v v, int n) {
 //
 // q8 stores w/scale plus 128, q4 plus 8. Rows and columns that pad are zero, scales that pad are 0.
 
-// A unit of a matmul is GROUP rows, a slice some units. Float tiles have F_ROWS rows, or from MANY tokens on, where
-// turning weights pays, a STRIP, with REST tokens where S_TOKENS are no longer there. Weights are
-// sent for AHEAD bytes in front of where a tile is, inputs of a strip SOON numbers. Decoding takes
-// NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster; held ones of q8 20 % slower),
-// without PAIRS only for float weights (Zen 5: those 3 to 8 % faster, q4 3 to 5 % slower).
+// A unit of a matmul is GROUP rows, a slice some units in a row. Float tiles have F_ROWS rows, or
+// from MANY tokens on, where turning weights pays, a STRIP, with REST tokens where S_TOKENS are no
+// longer there. Weights are sent for AHEAD bytes in front of where a tile is, inputs of a strip SOON
+// numbers. Decoding takes NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster; held
+// ones of q8 20 % slower), without PAIRS only for float weights (Zen 5: those 3 to 8 % faster, q4 3
+// to 5 % slower).
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
 enum { STREAMS = 2 * Q_PANELS };  // built for AVX2 on Zen 5, four are 6 to 10 % slower than two
 enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
