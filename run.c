@@ -927,10 +927,10 @@ INLINE void store_some(float *out, f32v v, int n) {
 
 // A unit of a matmul is GROUP rows, a slice some units in a row. Float tiles have F_ROWS rows, or
 // from MANY tokens on, where turning weights pays, a STRIP, with REST tokens where S_TOKENS are no
-// longer there. Weights are sent for AHEAD bytes in front of where a tile is, inputs of a strip SOON
-// numbers. Decoding takes NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster; held
-// ones of q8 20 % slower), without PAIRS only for float weights (Zen 5: those 3 to 8 % faster, q4 3
-// to 5 % slower).
+// longer there. Weights are sent for AHEAD bytes in front of where a tile is, inputs of a strip
+// SOON numbers. Decoding takes NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster;
+// held ones of q8 20 % slower), without PAIRS only for float weights (Zen 5: those 3 to 8 % faster,
+// q4 3 to 5 % slower).
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
 enum { STREAMS = 2 * Q_PANELS };  // built for AVX2 on Zen 5, four are 6 to 10 % slower than two
 enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
@@ -1066,13 +1066,14 @@ INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
 // The first tile of a panel sends for weights: each line for the one ahead of it, in the next
 // panels where these end, each group for its scales there (q4: 1.3 times faster; 2 to 8 tokens: q8
 // 1.1 to 1.3, q4 1.2 to 1.5), in few instructions. The others each send for a share of the next
-// panels (5 %). Not by prefetchnta, which makes a Xeon decode 3 times slower.
-INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, const int T,
-                   const int P) {
+// panels (5 %). Not by prefetchnta, which makes a Xeon decode 3 times slower. Which tile it is must
+// be known when this is compiled: branches in its loop make a Xeon's prompts 10 % slower.
+INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, const bool leads,
+                   const int T, const int P) {
     const Tensor *w = slice->w;
     const Inputs *in = slice->in;
     const int groups = (int)group_count(w->cols), last = (int)panel_count(w->rows) - 1;
-    const bool pairs = PAIRS && type == Q4, leads = t0 == 0;
+    const bool pairs = PAIRS && type == Q4;
     const bool keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS && in->n > T;
     const size_t bytes = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
     const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * bytes;  // 0: it again
@@ -1131,20 +1132,21 @@ INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, co
 // All tokens against a slice, the widest tile first; of the last tile some may not be there. One
 // token takes STREAMS panels at once, each stream in order through its part of the slice, as memory
 // gives more to who reads so than to who reads neighbours (Zen 5: q4 1.08 to 1.15, q8 1.01 to 1.05
-// times faster, built for AVX2 1.05 and 1.1). Conditions as `Q > 4` halve a build's time.
+// times faster, built for AVX2 1.05 and 1.1; a Xeon: no difference).
 INLINE void q_slice(const Slice *s, Type type) {
-    enum { P = Q_PANELS, Q = Q_TOKENS };
+    enum { P = Q_PANELS, Q = Q_TOKENS, FEW = Q > 4 ? 4 : Q / 2 };
     const int n = s->in->n, first = s->first / PANEL, end = (s->end - 1) / PANEL + 1;
     const int gap = n == 1 ? (end - first) / STREAMS : 0;
     int p = first;
-    for (; p < first + gap; p++) q_tile(s, p, gap, 0, type, 1, STREAMS);
+    for (; p < first + gap; p++) q_tile(s, p, gap, 0, type, true, 1, STREAMS);
     p = first + STREAMS * gap;
-    for (; n == 1 && p < end; p += UNIT_PANELS) q_tile(s, p, 1, 0, type, 1, UNIT_PANELS);
+    for (; n == 1 && p < end; p += UNIT_PANELS) q_tile(s, p, 1, 0, type, true, 1, UNIT_PANELS);
     for (; p < end; p += P) {
         int t = 0;
-        for (; Q > 4 && n - t > 4; t += Q) q_tile(s, p, 1, t, type, Q, P);
-        for (; Q > 2 && n - t > 2; t += 4) q_tile(s, p, 1, t, type, 4, P);
-        for (; t < n; t += 2) q_tile(s, p, 1, t, type, 2, P);
+        if (n > FEW) q_tile(s, p, 1, 0, type, true, Q, P), t = Q;
+        for (; n - t > FEW; t += Q) q_tile(s, p, 1, t, type, false, Q, P);
+        if (FEW > 2 && n - t > 2) q_tile(s, p, 1, t, type, true, 4, P), t += 4;
+        if (t < n) q_tile(s, p, 1, t, type, true, 2, P);
     }
 }
 
