@@ -1371,7 +1371,7 @@ static void unpack_row(float *out, const Tensor *w, int row) {
     }
 }
 
-// Rows of in(n, cols) w(rows, cols)^T, of some units, `stride` numbers from token to token.
+// Some units of in(n, cols) w(rows, cols)^T; out is their first number, `stride` apart for tokens.
 static int unit_count(int rows) { return (rows - 1) / GROUP + 1; }
 static void multiply_units(float *out, size_t stride, const Tensor *w, int unit, int units,
                            const Inputs *in, const Scratch *s) {
