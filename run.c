@@ -115,6 +115,7 @@ static Arena open_arena(double bytes, bool large_pages, const char *advice) {
     return (Arena){at, 0};
 }
 static void close_arena(Arena *a) { munmap(a->at, round_up((size_t)a->used, PAGE)); }
+
 static void *deal(Arena *a, size_t n, size_t size) {
     void *p = a->at ? a->at + (size_t)a->used : NULL;
     a->used += 64 * ceil((double)n * (double)size / 64);
@@ -932,7 +933,9 @@ INLINE void store_some(float *out, f32v v, int n) {
 // held ones of q8 20 % slower), without PAIRS only for float weights (Zen 5: those 3 to 8 % faster,
 // q4 3 to 5 % slower).
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
-enum { STREAMS = 2 * Q_PANELS };  // built for AVX2 on Zen 5, four are 6 to 10 % slower than two
+// One token takes STREAMS panels at once: with AVX2 two (four: Zen 3 no better, built for it on
+// Zen 5 6 to 10 % slower).
+enum { STREAMS = 2 * Q_PANELS };
 enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
 enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20 };
 
@@ -1054,8 +1057,9 @@ INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
     MAP(i32v, pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k]) : dot4(sum.p[k], w.p[k], x.p[k]));
 }
 
-// P panels, `gap` apart, by T tokens from t0 on: out(t, row) = sum over groups of scale_w * scale_x
-// * (integer sum). Lanes are rows: nothing is added across lanes.
+// P panels, `gap` apart (where that is past the last, the same again), by T tokens from t0 on:
+// out(t, row) = sum over groups of scale_w * scale_x * (integer sum). Lanes are rows: nothing is
+// added across lanes.
 //
 // A group's integer sum starts at ROUNDER_BITS less the zero point times the sum of its
 // activations. Read as a float the result is ROUNDER + sum, and s * (ROUNDER + sum) - s * ROUNDER,
@@ -1076,7 +1080,7 @@ INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, co
     const bool pairs = PAIRS && type == Q4;
     const bool keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS && in->n > T;
     const size_t bytes = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
-    const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * bytes;  // 0: it again
+    const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * bytes;
     const size_t onward = gap == 1 ? (size_t)P * step : bytes;  // to the panels that come next
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
     const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + onward;
@@ -1132,21 +1136,23 @@ INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, co
 // All tokens against a slice, the widest tile first; of the last tile some may not be there. One
 // token takes STREAMS panels at once, each stream in order through its part of the slice, as memory
 // gives more to who reads so than to who reads neighbours (Zen 5: q4 1.08 to 1.15, q8 1.01 to 1.05
-// times faster, built for AVX2 1.05 and 1.1; a Xeon: no difference).
+// times faster, built for AVX2 1.05 and 1.1; a Xeon: no difference). What need not be is not built:
+// a rest of few tokens is told that it leads, a PAIR of streams leaves no rest of panels.
 INLINE void q_slice(const Slice *s, Type type) {
-    enum { P = Q_PANELS, Q = Q_TOKENS, FEW = Q > 4 ? 4 : Q / 2 };
+    enum { P = Q_PANELS, Q = Q_TOKENS, FEW = Q > 4 ? 4 : Q > 2 ? 2 : 0, PAIR = STREAMS == 2 };
     const int n = s->in->n, first = s->first / PANEL, end = (s->end - 1) / PANEL + 1;
-    const int gap = n == 1 ? (end - first) / STREAMS : 0;
+    const int gap = n == 1 ? (end - first + PAIR) / STREAMS : 0;  // odd only where w ends
     int p = first;
     for (; p < first + gap; p++) q_tile(s, p, gap, 0, type, true, 1, STREAMS);
     p = first + STREAMS * gap;
-    for (; n == 1 && p < end; p += UNIT_PANELS) q_tile(s, p, 1, 0, type, true, 1, UNIT_PANELS);
+    for (; !PAIR && n == 1 && p < end; p += UNIT_PANELS)
+        q_tile(s, p, 1, 0, type, true, 1, UNIT_PANELS);
     for (; p < end; p += P) {
         int t = 0;
         if (n > FEW) q_tile(s, p, 1, 0, type, true, Q, P), t = Q;
         for (; n - t > FEW; t += Q) q_tile(s, p, 1, t, type, false, Q, P);
         if (FEW > 2 && n - t > 2) q_tile(s, p, 1, t, type, true, 4, P), t += 4;
-        if (t < n) q_tile(s, p, 1, t, type, true, 2, P);
+        if (FEW && n > t) q_tile(s, p, 1, t, type, true, 2, P);
     }
 }
 
@@ -2161,6 +2167,7 @@ static void read_compositions(Tokenizer *t, const uint32_t *row) {
     }
 }
 
+// As lay_out does: once to add up the sizes, once to deal them out.
 static void lay_out_tables(Tokenizer *t, Arena *a) {
     t->token = DEAL(a, Token, t->header.n_tokens);
     t->entry = DEAL(a, struct Entry, t->mask + 1);
