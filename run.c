@@ -718,7 +718,9 @@ INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
 }
 INLINE FloatPart wide_f16(const uint16_t *x) {
     FloatPart r;
-    EACH_LANE r[i] = widen_half(x[i]);
+    uint16_t h[LANES];
+    memcpy(h, x, sizeof h);  // bytes, whatever type they were written as
+    EACH_LANE r[i] = widen_half(h[i]);
     return r;
 }
 INLINE void narrow_f16(uint16_t *out, FloatPart x) { EACH_LANE out[i] = narrow_half(x[i]); }
