@@ -1154,7 +1154,7 @@ INLINE void q_slice(const Slice *s, Type type) {
         if (n > FEW) q_tile(s, p, 1, 0, type, true, Q, P), t = Q;
         for (; n - t > FEW; t += Q) q_tile(s, p, 1, t, type, false, Q, P);
         if (FEW > 2 && n - t > 2) q_tile(s, p, 1, t, type, true, 4, P), t += 4;
-        if (FEW && n > t) q_tile(s, p, 1, t, type, true, 2, P);
+        if (FEW > 0 && n > t) q_tile(s, p, 1, t, type, true, 2, P);
     }
 }
 
