@@ -777,6 +777,7 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #endif
 }
 #else
+#define EACH_LINE for (int i = 0; i < 8; i++)  // unrolled, gcc 12 takes 2 minutes (riscv64)
 enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 2 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
     UNROLL for (int up = 0; up < 32; up += 8)  // shifts bring byte 3, 2, 1, 0 down, signed
@@ -787,6 +788,10 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #if defined STEPS_AVX512 || defined __AVXVNNI__ || !defined STEPS_AVX2
 INLINE IntPart add_pairs(IntPart sum, IntPart pairs) { return sum + pairs; }
 INLINE IntPart dot_pairs(IntPart pairs, IntPart w, IntPart x) { return dot4(pairs, w, x); }
+#endif
+
+#if !defined EACH_LINE
+#define EACH_LINE UNROLL for (int i = 0; i < 8; i++)
 #endif
 
 #if defined STEPS_AVX2
@@ -1097,7 +1102,7 @@ INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, co
         if (!leads) __builtin_prefetch(next + (size_t)((t0 / T - 1) * groups + g) * LINE, 0, 2);
         UNROLL for (int t = 0; t < T; t++) UNROLL for (int p = 0; p < P; p++)
             whole[p][t] = spread_int(pairs ? 0 : start[g * Q_TOKENS + t]);
-        UNROLL for (int i = 0; i < 8; i++) {
+        EACH_LINE {
             UNROLL for (int p = 0; p < P; p++) {
                 const bool kept = keeps && !leads, ask = leads && i * size % (8 * LINE) == 0;
                 const uint8_t *at = lines + (size_t)p * step;
