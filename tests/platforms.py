@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Same bits everywhere: builds run.c for every machine that the installed compilers and emulators allow, without
-a warning, and compares what it makes with tests/data/hashes.txt. Prints a table.
+a warning, compares what it makes with tests/data/hashes.txt and runs tests/unit.c. Prints a table.
 
     python3 tests/platforms.py [PART OF A NAME]...    --write takes the first platform's hashes as the wanted ones
 
-A row is a build, a column a file: logits of a checkpoint in each type, and what -m quantize writes."""
+A row is a build, a column a file: logits of a checkpoint in each type, and what -m quantize writes; the last
+says how the unit tests went, which one compiler a machine is enough for."""
 import concurrent.futures
 import hashlib
 import os
@@ -30,15 +31,16 @@ NEEDS = {  # what Linux must list of a processor that runs the build; an emulato
     "AVX2": "avx2 fma f16c bmi1 bmi2 movbe",
 }
 ARM = [("aarch64", "-march=armv8-a"), ("aarch64 dotprod", "-march=armv8.2-a+dotprod")]
-# Name, compiler, machines, what starts the program. All but glibc's own are static, to run without its libraries.
+# Name, compiler, machines, what starts the program, whether the unit tests are run. All but glibc's own are static, to
+# run without its libraries.
 COMPILERS = [
-    ("gcc glibc", "gcc", [("native", "-march=native")] + MACHINES, ""),
-    ("clang glibc", "clang", MACHINES, ""),
-    ("clang 19", "clang-19", MACHINES, ""),
-    ("gcc musl", "musl-gcc -static", MACHINES, ""),
-    ("gcc glibc", "aarch64-linux-gnu-gcc -static", ARM, "qemu-aarch64"),
-    ("clang glibc", "clang --target=aarch64-linux-gnu -static", ARM, "qemu-aarch64"),
-    ("gcc glibc", "riscv64-linux-gnu-gcc -static", [("riscv64", "-march=rv64gc")], "qemu-riscv64"),
+    ("gcc glibc", "gcc", [("native", "-march=native")] + MACHINES, "", True),
+    ("clang glibc", "clang", MACHINES, "", False),
+    ("clang 19", "clang-19", MACHINES, "", False),
+    ("gcc musl", "musl-gcc -static", MACHINES, "", False),
+    ("gcc glibc", "aarch64-linux-gnu-gcc -static", ARM, "qemu-aarch64", True),
+    ("clang glibc", "clang --target=aarch64-linux-gnu -static", ARM, "qemu-aarch64", False),
+    ("gcc glibc", "riscv64-linux-gnu-gcc -static", [("riscv64", "-march=rv64gc")], "qemu-riscv64", True),
 ]
 CASES = [  # type, the source in tests/data
     ("f32", "stories260K/stories260K.bin"),
@@ -71,12 +73,12 @@ def sources(place):
     return made
 
 
-def build(place, compiler, flags):
-    os.mkdir(place)
-    os.symlink(os.path.join(ROOT, "run.c"), os.path.join(place, "run.c"))
-    must(["make", "-s", "-C", place, "-f", os.path.join(ROOT, "Makefile"), "run", "CC=%s -Werror" % compiler,
-          "NATIVE=" + flags])
-    return os.path.join(place, "run")
+def build(place, programs, compiler, flags):
+    os.makedirs(os.path.join(place, "tests"))
+    for name in "run.c", "tests/unit.c":
+        os.symlink(os.path.join(ROOT, name), os.path.join(place, name))
+    must(["make", "-s", "-C", place, "-f", os.path.join(ROOT, "Makefile"), "CC=%s -Werror" % compiler,
+          "NATIVE=" + flags] + programs)
 
 
 def digest(path):
@@ -86,7 +88,7 @@ def digest(path):
 
 def hashes(start, place, made):
     """Column by column, the hash of what this build makes."""
-    got = {}
+    start, got = start + [os.path.join(place, "run")], {}
     for kind, (model, ids) in made.items():
         if kind[0] == "q":
             out = os.path.join(place, kind + ".bin")
@@ -106,18 +108,20 @@ def lacking(machine):
     return [name for name in NEEDS.get(machine, "").split() if name not in has]
 
 
-def try_platform(place, machine, compiler, flags, starter, made):
-    """Its hashes; or why there are none, and whether that is a failure."""
+def try_platform(place, machine, compiler, flags, starter, unit, made):
+    """Its hashes, with "unit" where those tests passed; or why there are none, and whether that is a failure."""
     for tool in shlex.split(compiler)[0], starter:
         if tool and not shutil.which(tool):
             return None, "skipped: no " + tool, False
     try:
-        program = build(place, compiler, flags)
-        start = [starter] * bool(starter) + [program]
+        build(place, ["run"] + ["tests/unit"] * unit, compiler, flags)
+        start = [starter] * bool(starter)
         lacks = lacking(machine)
         if lacks:
             return None, "built, but this processor lacks " + " ".join(lacks), False
-        return hashes(start, place, made), "", False
+        if unit:
+            must(start + [os.path.join(place, "tests", "unit")])
+        return dict(hashes(start, place, made), **{"unit": "good"} if unit else {}), "", False
     except RuntimeError as why:
         missing = "--target" in compiler and "No such file" in str(why) or "file not found" in str(why)
         return None, ("skipped: no C library" if missing else "failed: %s" % why), not missing
@@ -139,23 +143,23 @@ def main(wanted_names):
     write = "--write" in wanted_names
     names = [name for name in wanted_names if name != "--write"]
     wanted, passed, failed = read_wanted(), 0, 0
-    platforms = [("%-16s%s" % (machine, tools), machine, compiler, flags, starter)
-                 for tools, compiler, machines, starter in COMPILERS for machine, flags in machines]
-    print("%-30s%s" % ("", "".join("%-8s " % name for name in COLUMNS)))
+    platforms = [("%-16s%s" % (machine, tools), machine, compiler, flags, starter, unit)
+                 for tools, compiler, machines, starter, unit in COMPILERS for machine, flags in machines]
+    print("%-30s%s" % ("", "".join("%-8s " % name for name in COLUMNS + ["unit"])))
     with tempfile.TemporaryDirectory(prefix="llama02-platforms-") as place, \
             concurrent.futures.ThreadPoolExecutor(int(os.environ.get("JOBS", 2))) as pool:
         made = sources(place)
         jobs = [(p[0], pool.submit(try_platform, os.path.join(place, str(i)), *p[1:], made))
-                for i, p in enumerate(platforms) if all(name in p[0] for name in names)]
-        for name, job in jobs:
+                for i, p in enumerate(reversed(platforms)) if all(name in p[0] for name in names)]
+        for name, job in reversed(jobs):  # emulated ones, begun first, take longest
             got, why, bad = job.result()
             if got and write:
                 write_wanted(got)
                 wanted, write = got, False
-            right = {column: got[column] == wanted.get(column) for column in COLUMNS} if got else {}
+            right = {column: got[column] == dict(wanted, unit="good").get(column) for column in got or {}}
             passed += sum(right.values())
             failed += len(right) - sum(right.values()) + bad
-            cells = (right[c] and wanted[c][:8] or "DIFFERS" for c in right)
+            cells = (right[c] and got[c][:8] or "DIFFERS" for c in right)
             print("%-30s%s" % (name, why or "".join("%-8s " % cell for cell in cells)), flush=True)
     print("%d passed, %d failed" % (passed, failed))
     return failed > 0
