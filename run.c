@@ -499,14 +499,15 @@ static void ring(Pool *p, Bell *bell) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-// Claim a share of what is left, smaller towards the end, and do it, until nothing is left. Each
-// touch of a count costs: shares half as large, told one by one, make 15M 7 % slower. So does a
-// stale look at what is left: shares by a plain subtraction, 1.1B on 16 threads 8 %. What is
-// claimed is of the present job, which stays the present one until all its items are done.
+// Claim most of an even share of what is left, and do it, until nothing is left. Each touch of a
+// count costs, and each piece begins its reading anew: by half of an even share 2 threads of Zen 5
+// decode 15M q8 1.1 times slower and 1.1B q4 1.02 to 1.05 times; by a whole one 16 of a Xeon 1.05.
+// So does a stale look at what is left: shares by a plain subtraction, 1.1B on 16 threads 8 %. What
+// is claimed is of the present job, which stays the present one until all its items are done.
 static void work_on(Pool *p, int thread) {
     int done = 0;
     for (int left; (left = p->unclaimed) > 0;) {
-        int n = most(1, left / (2 * p->threads));
+        int n = most(1, (int)(left * .8 / p->threads));
         if (!atomic_compare_exchange_weak(&p->unclaimed, &left, left - n)) continue;
         p->work(p->job, thread, p->items - left, p->items - left + n);
         done += n;
@@ -679,7 +680,7 @@ static uint16_t narrow_half(float x) {
 //                first, and add_pairs ends it (AVX2: 1.6 times faster)
 //   at_once      gcc 12 otherwise adds a group's products up last (Zen 3: q8 1.1, q4 1.5 times)
 //   in_turn      `at` is used after v is known: gcc 12 otherwise sends for all lines of a group in
-//                one burst (Zen 3: decoding 2 to 5 % slower; no gain on a Xeon)
+//                one burst (decoding on Zen 3 and 5: 2 to 5 % slower)
 #if defined X86
 INLINE Halves load_halves(const uint16_t *x) { Halves h; memcpy(&h, x, sizeof h); return h; }
 INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) { return X86(fmadd_ps)(a, b, c); }
@@ -794,7 +795,7 @@ INLINE IntPart dot_pairs(IntPart pairs, IntPart w, IntPart x) { return dot4(pair
 #define EACH_LINE UNROLL for (int i = 0; i < 8; i++)
 #endif
 
-#if defined STEPS_AVX2
+#if defined X86
 INLINE void in_turn(const uint8_t **at, IntPart *v) { __asm__("" : "+r"(*at), "+v"(*v)); }
 #else
 INLINE void in_turn(const uint8_t **at, IntPart *v) { (void)at, (void)v; }
@@ -938,7 +939,7 @@ INLINE void store_some(float *out, f32v v, int n) {
 // longer there. Weights are sent for AHEAD bytes in front of where a tile is, inputs of a strip
 // SOON numbers. Decoding takes NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster;
 // held ones of q8 20 % slower), without PAIRS only for float weights (Zen 5: those 3 to 8 % faster,
-// q4 3 to 5 % slower).
+// q4 3 to 5 % slower), and four streams always do (Zen 5: q8 and q4 2 to 5 %).
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
 // One token takes STREAMS panels at once: with AVX2 two (four: Zen 3 no better, built for it on
 // Zen 5 6 to 10 % slower).
@@ -1085,20 +1086,21 @@ INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, co
     const Inputs *in = slice->in;
     const int groups = (int)group_count(w->cols), last = (int)panel_count(w->rows) - 1;
     const bool pairs = PAIRS && type == Q4;
+    const int ahead = T == 1 && PARTS == 1 ? NEAR : in->ahead;
     const bool keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS && in->n > T;
     const size_t bytes = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
     const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * bytes;
     const size_t onward = gap == 1 ? (size_t)P * step : bytes;  // to the panels that come next
     const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
     const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + onward;
-    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + in->ahead;
+    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + ahead;
     const int8_t *q = in->q + first * GROUP;
     const float *scale = in->scale + first;
     const int32_t *start = in->start + first;
     f32v sum[STREAMS][Q_TOKENS] = {0};
-    for (int g = 0; g < groups; g++, lines += size, scales += PANEL * 2) {
+    for (int g = 0; g < groups; g++, lines += size, soon += size, scales += PANEL * 2) {
         i32v whole[STREAMS][Q_TOKENS], line[STREAMS];
-        if (g == groups - in->ahead / (int)size) soon = next;
+        if (g == groups - ahead / (int)size) soon = next;
         if (!leads) __builtin_prefetch(next + (size_t)((t0 / T - 1) * groups + g) * LINE, 0, 2);
         UNROLL for (int t = 0; t < T; t++) UNROLL for (int p = 0; p < P; p++)
             whole[p][t] = spread_int(pairs ? 0 : start[g * Q_TOKENS + t]);
@@ -1118,7 +1120,6 @@ INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, co
             }
             if (T < Q_TOKENS) UNROLL for (int p = 0; p < P; p++) in_turn(&soon, &whole[p][0].p[0]);
         }
-        soon += size;
         UNROLL for (int p = 0; p < P; p++) {
             const void *half = scales + (size_t)p * step;
             f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
