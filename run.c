@@ -499,11 +499,11 @@ static void ring(Pool *p, Bell *bell) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-// Claim most of an even share of what is left, and do it, until nothing is left. Each touch of a
-// count costs, and each piece begins its reading anew: by half of an even share 2 threads of Zen 5
-// decode 15M q8 1.1 times slower and 1.1B q4 1.02 to 1.05 times; by a whole one 16 of a Xeon 1.05.
-// So does a stale look at what is left: shares by a plain subtraction, 1.1B on 16 threads 8 %. What
-// is claimed is of the present job, which stays the present one until all its items are done.
+// Claim four fifths of an even share of what is left, and do it, until nothing is left. Each touch
+// of a count costs, and each piece begins its reading anew: by half of an even share 2 threads of
+// Zen 5 decode 15M q8 1.1 times slower and 1.1B q4 1.02 to 1.05 times; by a whole one 16 of a Xeon
+// 1.05. So does a stale look at what is left: shares by a plain subtraction, 1.1B on 16 threads
+// 8 %. What is claimed is of the present job, which stays that until all its items are done.
 static void work_on(Pool *p, int thread) {
     int done = 0;
     for (int left; (left = p->unclaimed) > 0;) {
@@ -778,7 +778,6 @@ INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
 #endif
 }
 #else
-#define EACH_LINE for (int i = 0; i < 8; i++)  // unrolled, gcc 12 takes 2 minutes (riscv64)
 enum { Q8_ZERO = 0, PAIRS = 0, Q_TOKENS = 2 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
     UNROLL for (int up = 0; up < 32; up += 8)  // shifts bring byte 3, 2, 1, 0 down, signed
@@ -791,8 +790,11 @@ INLINE IntPart add_pairs(IntPart sum, IntPart pairs) { return sum + pairs; }
 INLINE IntPart dot_pairs(IntPart pairs, IntPart w, IntPart x) { return dot4(pairs, w, x); }
 #endif
 
-#if !defined EACH_LINE
+// The eight steps of a group.
+#if defined X86 || defined STEPS_NEON
 #define EACH_LINE UNROLL for (int i = 0; i < 8; i++)
+#else
+#define EACH_LINE for (int i = 0; i < 8; i++)  // unrolled, gcc 12 takes 2 minutes (riscv64)
 #endif
 
 #if defined X86
@@ -937,13 +939,9 @@ INLINE void store_some(float *out, f32v v, int n) {
 // A unit of a matmul is GROUP rows, a slice some units in a row. Float tiles have F_ROWS rows, or
 // from MANY tokens on, where turning weights pays, a STRIP, with REST tokens where S_TOKENS are no
 // longer there. Weights are sent for AHEAD bytes in front of where a tile is, inputs of a strip
-// SOON numbers. Decoding takes NEAR if no cache has HELD the model (Zen 3: q8 7 %, f32 5 % faster;
-// held ones of q8 20 % slower), without PAIRS only for float weights (Zen 5: those 3 to 8 % faster,
-// q4 3 to 5 % slower), and four streams always do (Zen 5: q8 and q4 2 to 5 %).
+// SOON numbers.
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
-// One token takes STREAMS panels at once: with AVX2 two (four: Zen 3 no better, built for it on
-// Zen 5 6 to 10 % slower).
-enum { STREAMS = 2 * Q_PANELS };
+enum { STREAMS = 2 * Q_PANELS };  // AVX2 by four: Zen 3 no better, Zen 5 6 to 10 % slower
 enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
 enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20 };
 
@@ -951,12 +949,19 @@ enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20 };
 // zeros, for quantized ones groups of 32, whole numbers of -127 to 127 times a scale.
 typedef struct {
     Type type; int cols, n;
-    int ahead;       // AHEAD or NEAR
+    bool held;       // the model is no larger than HELD, which a cache may have
     float *vector;   // (n, vectors of a row, WIDTH), of MANY rows turned: see input_lane
     int8_t *q;       // (n / Q_TOKENS, groups of a row, Q_TOKENS, GROUP)
     float *scale;    // (n / Q_TOKENS, groups of a row, Q_TOKENS)
     int32_t *start;  // likewise: where a group's sum starts, see q_tile
 } Inputs;
+// How far ahead T tokens send for weights: NEAR if no cache holds the model (Zen 3: q8 7 %, f32 5 %
+// faster; held ones of q8 20 % slower), without PAIRS only for float weights (Zen 5: those 3 to 8 %
+// faster, q4 3 to 5 % slower); one token's four streams always (Zen 5: q8 and q4 2 to 5 % faster).
+INLINE int ahead_of(const Inputs *in, Type type, const int T) {
+    const bool four = is_quantized(type) && STREAMS == 4 && T == 1;
+    return four || (!in->held && (PAIRS || !is_quantized(type))) ? NEAR : AHEAD;
+}
 // Where vector or group i of row t stands; a row has `count`, `tile` tokens lie together.
 static size_t tiled(size_t count, int tile, int t, size_t i) {
     return ((size_t)(t / tile) * count + i) * (size_t)tile + (size_t)(t % tile);
@@ -1042,7 +1047,7 @@ static void prepare_row(const Inputs *in, int t, const float *x) {
 typedef struct {
     float *turned; f32v (*sums)[STRIP / WIDTH];
     f32v (*kept)[Q_PANELS]; i32v (*line)[Q_PANELS][8];
-    float *gate, *found;  // (2, n or 1, rows) of gate_units, (A_QUERIES, MIX + head_pad) of look
+    float *gate, *found;  // (2, n, slice's rows) of gate_units, (A_QUERIES, MIX + head_pad) of look
 } Scratch;
 
 // A slice of a product: rows first to end of w by all tokens.
@@ -1086,7 +1091,7 @@ INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, co
     const Inputs *in = slice->in;
     const int groups = (int)group_count(w->cols), last = (int)panel_count(w->rows) - 1;
     const bool pairs = PAIRS && type == Q4;
-    const int ahead = T == 1 && PARTS == 1 ? NEAR : in->ahead;
+    const int ahead = ahead_of(in, type, T);
     const bool keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS && in->n > T;
     const size_t bytes = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
     const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * bytes;
@@ -1216,7 +1221,8 @@ INLINE void float_tile(const Slice *p, int r, int gap, int t0, const Type type, 
     const int whole = w->cols / WIDTH, H = T == 1 ? PARTS : 1;
     const size_t apart = vector_count(w->cols) * WIDTH, step = row_bytes(type, WIDTH);
     const int skipped = r + 1 < p->first + gap ? 0 : (F_ROWS - 1) * gap;  // rows to the next slice
-    const size_t beyond = (size_t)skipped * row_bytes(type, w->cols), ahead = (size_t)p->in->ahead;
+    const size_t beyond = (size_t)skipped * row_bytes(type, w->cols);
+    const size_t ahead = (size_t)ahead_of(p->in, type, T);
     const uint8_t *row[F_ROWS];
     f32v all[F_TOKENS][F_ROWS];
     for (int h = 0; h < PARTS; h += H) {
@@ -1653,8 +1659,7 @@ static const float *vector(const Tensor *w) { return (const float *)(const void 
 static Inputs deal_inputs(Arena *a, Type type, int n, int cols, size_t model_bytes) {
     const size_t q = is_quantized(type) ? round_up((size_t)n, Q_TOKENS) * group_count(cols) : 0;
     const size_t f = is_quantized(type) ? 0 : input_lane(cols, n);
-    const bool near = model_bytes > HELD && (PAIRS || !is_quantized(type));
-    return (Inputs){type, cols, n, near ? NEAR : AHEAD, DEAL(a, float, f * WIDTH),
+    return (Inputs){type, cols, n, model_bytes <= HELD, DEAL(a, float, f * WIDTH),
                     DEAL(a, int8_t, q * GROUP), DEAL(a, float, q), DEAL(a, int32_t, q)};
 }
 static Scratch deal_scratch(Arena *a, const Config *c, int n, size_t answer) {

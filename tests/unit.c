@@ -547,7 +547,7 @@ static void prepare_rows(Inputs *in, const float *x, int n) {
 // Inputs of n rows x for weights of a type, each array by itself: a sanitizer then sees its end.
 static Inputs new_inputs(Type type, const float *x, int n, int cols) {
     size_t groups = round_up((size_t)n, Q_TOKENS) * group_count(cols);
-    Inputs in = {type, cols, n, n % 2 ? NEAR : AHEAD, NEW(float, input_lane(cols, n) * WIDTH),
+    Inputs in = {type, cols, n, n % 2 == 0, NEW(float, input_lane(cols, n) * WIDTH),
                  NEW(int8_t, groups * GROUP), NEW(float, groups), NEW(int32_t, groups)};
     prepare_rows(&in, x, n);
     return in;
