@@ -938,12 +938,12 @@ INLINE void store_some(float *out, f32v v, int n) {
 
 // A unit of a matmul is GROUP rows, a slice some units in a row. Float tiles have F_ROWS rows, or
 // from MANY tokens on, where turning weights pays, a STRIP, with REST tokens where S_TOKENS are no
-// longer there. Weights are sent for AHEAD bytes in front of where a tile is, inputs of a strip
-// SOON numbers.
+// longer there. Weights are sent for AHEAD bytes in front of where a tile is, scales SCALES groups,
+// inputs of a strip SOON numbers.
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
 enum { STREAMS = 2 * Q_PANELS };  // AVX2 by four: Zen 3 no better, Zen 5 6 to 10 % slower
 enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
-enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20 };
+enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20, SCALES = 12 };
 
 // What goes into a product, n rows of cols numbers: for float weights vectors, the last padded with
 // zeros, for quantized ones groups of 32, whole numbers of -127 to 127 times a scale.
@@ -951,8 +951,8 @@ typedef struct {
     Type type; int cols, n;
     bool held;       // the model is no larger than HELD, which a cache may have
     float *vector;   // (n, vectors of a row, WIDTH), of MANY rows turned: see input_lane
-    int8_t *q;       // (n / Q_TOKENS, groups of a row, Q_TOKENS, GROUP)
-    float *scale;    // (n / Q_TOKENS, groups of a row, Q_TOKENS)
+    int8_t *q;       // (n / tile, groups of a row, tile, GROUP), tile: q_tokens(n)
+    float *scale;    // (n / tile, groups of a row, tile)
     int32_t *start;  // likewise: where a group's sum starts, see q_tile
 } Inputs;
 // How far ahead T tokens send for weights: NEAR if no cache holds the model (Zen 3: q8 7 %, f32 5 %
@@ -962,6 +962,9 @@ INLINE int ahead_of(const Inputs *in, Type type, const int T) {
     const bool four = is_quantized(type) && STREAMS == 4 && T == 1;
     return four || (!in->held && (PAIRS || !is_quantized(type))) ? NEAR : AHEAD;
 }
+// Tokens whose groups lie side by side: a tile's. Those of one token alone are neighbours, so that
+// they fill whole lines (one thread of Zen 5: q8 decodes 2, q4 5 % faster).
+static int q_tokens(int n) { return n == 1 ? 1 : Q_TOKENS; }
 // Where vector or group i of row t stands; a row has `count`, `tile` tokens lie together.
 static size_t tiled(size_t count, int tile, int t, size_t i) {
     return ((size_t)(t / tile) * count + i) * (size_t)tile + (size_t)(t % tile);
@@ -1026,13 +1029,13 @@ static void store_vector(const Inputs *in, int t, int i, f32v v) {
 static void prepare(const Inputs *in, int t, int n, int first, const float *x, int stride,
                     int count) {
     const bool groups = is_quantized(in->type);
-    const int size = groups ? GROUP : WIDTH;
+    const int size = groups ? GROUP : WIDTH, tile = q_tokens(in->n);
     const size_t all = group_count(in->cols);
     Groups g;
     g.n = 0;
     for (int i = 0; i < n; i++, x += stride) {
-        size_t at = tiled(all, Q_TOKENS, t + i, (size_t)(first / size));
-        for (int c = 0; c < count; c += size, at += Q_TOKENS)
+        size_t at = tiled(all, tile, t + i, (size_t)(first / size));
+        for (int c = 0; c < count; c += size, at += (size_t)tile)
             if (groups) add_group(in, &g, at, x + c, count - c);
             else store_vector(in, t + i, (first + c) / WIDTH, load_some(x + c, count - c));
     }
@@ -1095,34 +1098,38 @@ INLINE void store_tile(const Slice *s, int panel, int gap, int t0, f32v (*sum)[Q
 // a line is one register, the weights of q4 (a Xeon: 8 to 12 %).
 //
 // The first tile of a panel sends for weights: each line for the one ahead of it, in the next
-// panels where these end, each group for its scales there (q4: 1.3 times faster; 2 to 8 tokens: q8
-// 1.1 to 1.3, q4 1.2 to 1.5), in few instructions. The others each send for a share of the next
-// panels (5 %). Not by prefetchnta, which makes a Xeon decode 3 times slower. Which tile it is must
-// be known when this is compiled: branches in its loop make a Xeon's prompts 10 % slower.
+// panels where these end, each group for scales likewise (q4: 1.3 times faster; 2 to 8 tokens: q8
+// 1.1 to 1.3, q4 1.2 to 1.5), in few instructions. A panel ahead is too early for scales: they leave
+// the first cache again (one token, Zen 5: q8 6, q4 3 % slower). The others each send for a share of
+// the next panels (5 %). Not by prefetchnta, which makes a Xeon decode 3 times slower. Which tile it
+// is must be known when this is compiled: branches in its loop make a Xeon's prompts 10 % slower.
 INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, const bool leads,
                    const int T, const int P) {
     const Tensor *w = slice->w;
     const Inputs *in = slice->in;
     const int groups = (int)group_count(w->cols), last = (int)panel_count(w->rows) - 1;
     const bool pairs = PAIRS && type == Q4;
-    const int ahead = ahead_of(in, type, T);
+    const int ahead = ahead_of(in, type, T), tile = q_tokens(T);
     const bool keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS && in->n > T;
     const size_t bytes = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
     const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * bytes;
     const size_t onward = gap == 1 ? (size_t)P * step : bytes;  // to the panels that come next
-    const size_t first = tiled((size_t)groups, Q_TOKENS, t0, 0);
+    const size_t first = tiled((size_t)groups, tile, t0, 0);
     const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + onward;
     const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + ahead;
+    const uint8_t *coming = scales + SCALES * PANEL * 2;
     const int8_t *q = in->q + first * GROUP;
     const float *scale = in->scale + first;
     const int32_t *start = in->start + first;
     f32v sum[STREAMS][Q_TOKENS] = {0};
-    for (int g = 0; g < groups; g++, lines += size, soon += size, scales += PANEL * 2) {
+    for (int g = 0; g < groups;
+         g++, lines += size, soon += size, scales += PANEL * 2, coming += PANEL * 2) {
         i32v whole[STREAMS][Q_TOKENS], line[STREAMS];
         if (g == groups - ahead / (int)size) soon = next;
+        if (g == groups - SCALES) coming = next + line_bytes(type, w->cols);
         if (!leads) __builtin_prefetch(next + (size_t)((t0 / T - 1) * groups + g) * LINE, 0, 2);
         UNROLL for (int t = 0; t < T; t++) UNROLL for (int p = 0; p < P; p++)
-            whole[p][t] = spread_int(pairs ? 0 : start[g * Q_TOKENS + t]);
+            whole[p][t] = spread_int(pairs ? 0 : start[g * tile + t]);
         EACH_LINE {
             UNROLL for (int p = 0; p < P; p++) {
                 const bool kept = keeps && !leads, ask = leads && i * size % (8 * LINE) == 0;
@@ -1132,7 +1139,7 @@ INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, co
                 if (ask) __builtin_prefetch(soon + (size_t)p * step + i * size / 8);
             }
             UNROLL for (int t = 0; t < T; t++) {
-                const int8_t *four = q + (size_t)(g * Q_TOKENS + t) * GROUP + 4 * i;
+                const int8_t *four = q + (size_t)(g * tile + t) * GROUP + 4 * i;
                 i32v x = spread_int((int32_t)read_u32(four));
                 UNROLL for (int p = 0; p < P; p++)
                     whole[p][t] = dot(whole[p][t], line[p], x, pairs);
@@ -1144,12 +1151,12 @@ INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, co
             f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
             if (T == Q_TOKENS && !leads) less = slice->own->kept[g][p];
             else if (T == Q_TOKENS) slice->own->kept[g][p] = less;
-            if (leads) __builtin_prefetch((const char *)half + onward);
+            if (leads) __builtin_prefetch(coming + (size_t)p * step);
             UNROLL for (int t = 0; t < T; t++) {
-                i32v begin = spread_int(start[g * Q_TOKENS + t]);
+                i32v begin = spread_int(start[g * tile + t]);
                 EACH_PART if (pairs) whole[p][t].p[k] = add_pairs(begin.p[k], whole[p][t].p[k]);
                 sum[p][t] = fma16(fma16(as_float(whole[p][t]), s, less),
-                                  spread(scale[g * Q_TOKENS + t]), sum[p][t]);
+                                  spread(scale[g * tile + t]), sum[p][t]);
             }
         }
     }

@@ -546,7 +546,7 @@ static void prepare_rows(Inputs *in, const float *x, int n) {
 
 // Inputs of n rows x for weights of a type, each array by itself: a sanitizer then sees its end.
 static Inputs new_inputs(Type type, const float *x, int n, int cols) {
-    size_t groups = round_up((size_t)n, Q_TOKENS) * group_count(cols);
+    size_t groups = round_up((size_t)n, (size_t)q_tokens(n)) * group_count(cols);
     Inputs in = {type, cols, n, n % 2 == 0, NEW(float, input_lane(cols, n) * WIDTH),
                  NEW(int8_t, groups * GROUP), NEW(float, groups), NEW(int32_t, groups)};
     prepare_rows(&in, x, n);
@@ -615,7 +615,7 @@ static void free_scratch(Scratch *s, int threads) {
 static double input_value(const Inputs *in, const float *x, int t, int i) {
     if (!is_quantized(in->type))
         return (double)x[t * in->cols + i];
-    size_t g = tiled(group_count(in->cols), Q_TOKENS, t, (size_t)(i / GROUP));
+    size_t g = tiled(group_count(in->cols), q_tokens(in->n), t, (size_t)(i / GROUP));
     return (double)in->q[g * GROUP + (size_t)(i % GROUP)] * (double)in->scale[g];
 }
 
