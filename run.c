@@ -1099,10 +1099,11 @@ INLINE void store_tile(const Slice *s, int panel, int gap, int t0, f32v (*sum)[Q
 //
 // The first tile of a panel sends for weights: each line for the one ahead of it, in the next
 // panels where these end, each group for scales likewise (q4: 1.3 times faster; 2 to 8 tokens: q8
-// 1.1 to 1.3, q4 1.2 to 1.5), in few instructions. A panel ahead is too early for scales: they leave
-// the first cache again (one token, Zen 5: q8 6, q4 3 % slower). The others each send for a share of
-// the next panels (5 %). Not by prefetchnta, which makes a Xeon decode 3 times slower. Which tile it
-// is must be known when this is compiled: branches in its loop make a Xeon's prompts 10 % slower.
+// 1.1 to 1.3, q4 1.2 to 1.5), in few instructions. A panel ahead is too early for scales: they
+// leave the first cache again (one token, Zen 5: q8 6, q4 3 % slower). The others each send for a
+// share of the next panels (5 %). Not by prefetchnta, which makes a Xeon decode 3 times slower.
+// Which tile it is must be known when this is compiled: branches in its loop make a Xeon's prompts
+// 10 % slower.
 INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, const bool leads,
                    const int T, const int P) {
     const Tensor *w = slice->w;
