@@ -1604,8 +1604,9 @@ static void merge(float *a, float *b, int head_dim) {
     b[TOTAL] = 0;
 }
 
-// n scores of each of Q queries become weights. (One query after the other waits for its own sums:
-// Zen 5, 8 queries, 1.3 times slower.)
+// n scores of each of Q queries become weights relative to its largest score, which goes into what
+// it found, with their sum. (One query after the other waits for its own sums: Zen 5, 8 queries,
+// 1.3 times slower.)
 INLINE void weigh(float *found, int size, float (*w)[BLOCK], int n, const int Q) {
     f32v peaks[4], total[4] = {0}, base[4];
     UNROLL for (int j = 0; j < 4; j++) peaks[j] = spread(-INFINITY);
