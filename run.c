@@ -962,8 +962,8 @@ INLINE int ahead_of(const Inputs *in, Type type, const int T) {
     const bool four = is_quantized(type) && STREAMS == 4 && T == 1;
     return four || (!in->held && (PAIRS || !is_quantized(type))) ? NEAR : AHEAD;
 }
-// Tokens whose groups lie side by side: a tile's. Those of one token alone are neighbours, so that
-// they fill whole lines (one thread of Zen 5: q8 decodes 2, q4 5 % faster).
+// Tokens whose groups lie side by side: a tile's. Those of one token alone, which only tiles of one
+// take, are neighbours, so that they fill whole lines (a thread of Zen 5: q8 2, q4 5 % faster).
 static int q_tokens(int n) { return n == 1 ? 1 : Q_TOKENS; }
 // Where vector or group i of row t stands; a row has `count`, `tile` tokens lie together.
 static size_t tiled(size_t count, int tile, int t, size_t i) {
@@ -1596,17 +1596,17 @@ static float exp_of(float x) { return exponential(spread(x)).p[0][0]; }
 static void merge(float *a, float *b, int head_dim) {
     if (a[TOTAL] == 0) memcpy(a, b, (size_t)(MIX + head_dim) * sizeof *a);
     else if (b[TOTAL] != 0) {
-        float apart = a[PEAK] - b[PEAK], less = exp_of(-fabsf(apart));  // the larger's is e^0
-        float mine = apart < 0 ? less : 1, other = apart < 0 ? 1 : less;
+        float apart = a[PEAK] - b[PEAK], small = exp_of(-fabsf(apart));  // the larger peak's is 1
+        float mine = apart < 0 ? small : 1, other = apart < 0 ? 1 : small;
         for (int i = TOTAL; i < MIX + head_dim; i++) a[i] = a[i] * mine + b[i] * other;
         a[PEAK] = apart < 0 ? b[PEAK] : a[PEAK];
     }
     b[TOTAL] = 0;
 }
 
-// n scores of each of Q queries become weights relative to its largest score, which goes into what
-// it found, with their sum. (One query after the other waits for its own sums: Zen 5, 8 queries,
-// 1.3 times slower.)
+// n scores, whole vectors, of each of Q queries become weights relative to its largest score, which
+// goes into what it found (`size` numbers a query) with their sum. (One query after the other waits
+// for its own sums: Zen 5, 8 queries, 1.3 times slower.)
 INLINE void weigh(float *found, int size, float (*w)[BLOCK], int n, const int Q) {
     f32v peaks[4], total[4] = {0}, base[4];
     UNROLL for (int j = 0; j < 4; j++) peaks[j] = spread(-INFINITY);
