@@ -940,7 +940,7 @@ def join(where, name, parts, shape):
 # 6. The model and its file
 
 TYPES = {"f32": 0, "bf16": 1, "f16": 2, "q8": 3, "q4": 4}
-TIED, BIASES, HEAD_NORMS, NEIGHBOURS = 1, 2, 4, 8
+TIED, BIASES, HEAD_NORMS, NEIGHBOURS, INTERLEAVED = 1, 2, 4, 8, 16
 ALIGN = 64
 NO_SCALING = (0, 0.0, 0.0, 0.0, 0)
 
@@ -1032,7 +1032,8 @@ def file_size(c, kind):
     return at
 
 def pack_header(c, kind):
-    return struct.pack("<8s12I2fI3fI164xQ", b"LLAMA02", 1, TYPES[kind], *c[:8], c.window, c.flags,
+    flags = c.flags | INTERLEAVED * (kind not in SIZES)
+    return struct.pack("<8s12I2fI3fI164xQ", b"LLAMA02", 1, TYPES[kind], *c[:8], c.window, flags,
                        c.eps, c.theta, *c.scaling, file_size(c, kind))
 
 class Progress:
@@ -1673,15 +1674,19 @@ def zero_columns(panel, kind, columns):
             panel[at] = panel[at] & keep | MIDDLE[kind] & ~keep
 
 def panel_of(noise, kind, rows, columns):
-    """The first rows of a panel random, the rest zero; then the scales."""
-    groups, weights, scales = panel_sizes(columns, kind)
+    """The first rows of a panel random, the rest zero; before each two groups a line of scales."""
+    groups, weights, _ = panel_sizes(columns, kind)
     panel = bytearray(noise.take(weights))
     if columns % GROUP:
         zero_columns(panel, kind, columns)
     for at in range(4 * rows, ALIGN):
         panel[at::ALIGN] = bytes([MIDDLE[kind]]) * (weights // ALIGN)
-    line = struct.pack("<e", STEP[kind]) * rows + bytes(2 * (PANEL - rows))
-    return panel + (line * groups).ljust(scales, b"\0")
+    scales = struct.pack("<e", STEP[kind]) * rows + bytes(2 * (PANEL - rows))
+    parts, two = [], 2 * weights // groups
+    for at in range(0, weights, two):
+        whole = at + two <= weights
+        parts += [scales, scales if whole else bytes(len(scales)), panel[at:at + two]]
+    return b"".join(parts)
 
 def random_contents(c, kind):
     noise = Noise(random_bytes(kind))

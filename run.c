@@ -240,11 +240,12 @@ static const char *const type_names[TYPES] = {"f32", "bf16", "f16", "q8", "q4"};
 
 // Weights as they lie in the file, row after row, the quantized types in panels (room 6). Rows go
 // with outputs, columns with inputs; a vector is one row, and what the model does not have is none.
-typedef struct { Type type; int rows, cols; const uint8_t *data; } Tensor;
+typedef struct { Type type; int rows, cols; bool interleaved; const uint8_t *data; } Tensor;
 
 // Flags: the classifier is the embedding; queries, keys and values have biases, each query and key
-// head an RMSNorm; RoPE turns pairs (2i, 2i + 1), otherwise (i, i + head_dim/2).
-enum { TIED = 1, BIASES = 2, HEAD_NORMS = 4, NEIGHBOURS = 8, ALL_FLAGS = 15 };
+// head an RMSNorm; RoPE turns pairs (2i, 2i + 1), otherwise (i, i + head_dim/2); the scales of
+// quantized weights stand among these, otherwise behind them (room 6).
+enum { TIED = 1, BIASES = 2, HEAD_NORMS = 4, NEIGHBOURS = 8, INTERLEAVED = 16, ALL_FLAGS = 31 };
 
 // Four bytes each, as in the header of a checkpoint (room 3).
 typedef struct {
@@ -295,7 +296,8 @@ static int tensors_of(const Config *c, SlotId s) {
 static Tensor blank_tensor(const Config *c, SlotId s) {
     const int of[] = {1, c->dim, q_dim(c), kv_dim(c), c->head_dim, c->hidden_dim, c->vocab_size};
     Extent rows = slots[s].rows;
-    return (Tensor){rows == ONE ? F32 : c->type, of[rows], of[slots[s].cols], NULL};
+    return (Tensor){rows == ONE ? F32 : c->type, of[rows], of[slots[s].cols],
+                    c->flags & INTERLEAVED, NULL};
 }
 
 // The slot after s that the model has, in the order of our file; `layer` goes on with it.
@@ -310,11 +312,20 @@ enum { GROUP = 32, PANEL = 16, LINE = 64 };
 static bool is_quantized(Type type) { return type == Q8 || type == Q4; }
 static size_t group_count(int cols) { return round_up((size_t)cols, GROUP) / GROUP; }
 static size_t panel_count(int rows) { return round_up((size_t)rows, PANEL) / PANEL; }
-static size_t group_lines(Type type) { return type == Q8 ? 8 : 4; }
+static size_t group_bytes(Type type) { return (type == Q8 ? 8 : 4) * LINE; }
 static size_t row_bytes(Type type, int cols) { return (size_t)cols * (type == F32 ? 4 : 2); }
-static size_t line_bytes(Type t, int cols) { return group_count(cols) * group_lines(t) * LINE; }
-static size_t panel_bytes(Type type, int cols) {  // after the lines stand the scales
-    return line_bytes(type, cols) + round_up(group_count(cols) * PANEL * 2, LINE);
+static size_t panel_bytes(Type type, int cols) {
+    const size_t groups = group_count(cols);
+    return groups * group_bytes(type) + (groups + 1) / 2 * LINE;
+}
+// Where in a panel group g has its lines, and its scales: those of two groups fill a line.
+static size_t lines_at(const Tensor *w, size_t g) {
+    return g * group_bytes(w->type) + (w->interleaved ? (g / 2 + 1) * LINE : 0);
+}
+static size_t scales_at(const Tensor *w, size_t g) {
+    const size_t line = w->interleaved ? lines_at(w, g / 2 * 2) - LINE
+                                       : lines_at(w, group_count(w->cols)) + g / 2 * LINE;
+    return line + g % 2 * PANEL * 2;
 }
 static size_t tensor_bytes(const Tensor *w) {
     return is_quantized(w->type) ? panel_count(w->rows) * panel_bytes(w->type, w->cols)
@@ -358,6 +369,7 @@ static double field_value(const Config *c, const struct Field *f) {
 static void check_config(const File *f, const Config *c) {
     for (int i = 0; i < COUNT(fields); i++)
         check(f, fields[i].name, field_value(c, &fields[i]), fields[i].least, fields[i].most);
+    if (!is_quantized(c->type)) check(f, "flags", c->flags, 0, INTERLEAVED - 1);
     check(f, "head_dim, which must be even,", c->head_dim, c->head_dim & ~1, c->head_dim & ~1);
     check(f, "n_heads modulo n_kv_heads", c->n_heads % c->n_kv_heads, 0, 0);
     check(f, "n_heads times head_dim", q_dim(c), 1, 1 << 22);
@@ -926,8 +938,10 @@ INLINE void store_some(float *out, f32v v, int n) {
 // 6. Weights: the types, quantizing, and the one matmul
 //
 // Float matrices lie row after row. Quantized ones lie in panels of 16 rows, each row in groups of
-// 32 columns that share a scale. A panel is its 64-byte lines, group after group, then the scales,
-// f16 (groups, 16). A line is what one step of dot4 wants, 4 weights of each of the 16 rows:
+// 32 columns that share a scale. A panel is its 64-byte lines, group after group, and before each
+// two groups a line of their scales, f16 (2, 16). (INTERLEAVED. Without it all scales of a panel
+// stand behind all its lines: a stream that skips them and comes back is read slower, Zen 5: q4 10,
+// q8 4 %.) A line is what one step of dot4 wants, 4 weights of each of the 16 rows:
 //
 //     byte of line i       0          1          2          3          4        ..  63
 //     q8 (8 lines a group) row 0                                       row 1        row 15
@@ -938,12 +952,12 @@ INLINE void store_some(float *out, f32v v, int n) {
 
 // A unit of a matmul is GROUP rows, a slice some units in a row. Float tiles have F_ROWS rows, or
 // from MANY tokens on, where turning weights pays, a STRIP, with REST tokens where S_TOKENS are no
-// longer there. Weights are sent for AHEAD bytes in front of where a tile is, scales SCALES groups,
-// inputs of a strip SOON numbers.
+// longer there. Weights are sent for AHEAD bytes in front of where a tile is, inputs of a strip
+// SOON numbers.
 enum { UNIT_PANELS = GROUP / PANEL, Q4_ZERO = 8, F_ROWS = 4, REST = S_TOKENS / 3, SOON = 768 };
 enum { STREAMS = 2 * Q_PANELS };  // AVX2 by four: Zen 3 no better, Zen 5 6 to 10 % slower
 enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
-enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20, SCALES = 12 };
+enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20 };
 
 // What goes into a product, n rows of cols numbers: for float weights vectors, the last padded with
 // zeros, for quantized ones groups of 32, whole numbers of -127 to 127 times a scale.
@@ -1087,9 +1101,31 @@ INLINE void store_tile(const Slice *s, int panel, int gap, int t0, f32v (*sum)[Q
     }
 }
 
-// P panels, `gap` apart (where that is past the last, the same again), by T tokens from t0 on:
-// out(t, row) = sum over groups of scale_w * scale_x * (integer sum). Lanes are rows: nothing is
-// added across lanes.
+// A tile is P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer
+// sum). Lanes are rows: nothing is added across lanes.
+//
+// Where a tile's next group is: its lines and scales in the first panel, `step` bytes from panel to
+// panel, the lines to send for, and its inputs.
+typedef struct {
+    const uint8_t *lines, *scales, *soon; size_t step;
+    const int8_t *q; const float *scale; const int32_t *start;
+} Place;
+INLINE Place place_of(const Slice *s, int panel, size_t step, size_t ahead, int t0, const int T) {
+    const Tensor *w = s->w;
+    const size_t first = tiled(group_count(w->cols), q_tokens(T), t0, 0);
+    const uint8_t *data = w->data + (size_t)panel * panel_bytes(w->type, w->cols);
+    const uint8_t *lines = data + lines_at(w, 0);
+    return (Place){lines, data + scales_at(w, 0), lines + ahead, step,
+                   s->in->q + first * GROUP, s->in->scale + first, s->in->start + first};
+}
+// n groups on.
+INLINE Place onward(Place at, size_t lines, size_t scales, int n, const int T) {
+    n *= q_tokens(T), at.lines += lines, at.soon += lines, at.scales += scales;
+    at.q += n * GROUP, at.scale += n, at.start += n;
+    return at;
+}
+
+// What group g adds to the sums of a tile.
 //
 // A group's integer sum starts at ROUNDER_BITS less the zero point times the sum of its
 // activations. Read as a float the result is ROUNDER + sum, and s * (ROUNDER + sum) - s * ROUNDER,
@@ -1097,71 +1133,102 @@ INLINE void store_tile(const Slice *s, int panel, int gap, int t0, f32v (*sum)[Q
 // 2 (6 % faster). The first of the widest tiles keeps s * -ROUNDER for the others (2 %) and, where
 // a line is one register, the weights of q4 (a Xeon: 8 to 12 %).
 //
-// The first tile of a panel sends for weights: each line for the one ahead of it, in the next
-// panels where these end, each group for scales likewise (q4: 1.3 times faster; 2 to 8 tokens: q8
-// 1.1 to 1.3, q4 1.2 to 1.5), in few instructions. A panel ahead is too early for scales: they
-// leave the first cache again (one token, Zen 5: q8 6, q4 3 % slower). The others each send for a
-// share of the next panels (5 %). Not by prefetchnta, which makes a Xeon decode 3 times slower.
-// Which tile it is must be known when this is compiled: branches in its loop make a Xeon's prompts
-// 10 % slower.
-INLINE void q_tile(const Slice *slice, int panel, int gap, int t0, Type type, const bool leads,
-                   const int T, const int P) {
-    const Tensor *w = slice->w;
-    const Inputs *in = slice->in;
-    const int groups = (int)group_count(w->cols), last = (int)panel_count(w->rows) - 1;
+// The first tile of a panel leads: it sends for weights, each line for the one ahead of it (q4: 1.3
+// times faster; 2 to 8 tokens: q8 1.1 to 1.3, q4 1.2 to 1.5), in few instructions. Not by
+// prefetchnta, which makes a Xeon decode 3 times slower. Which tile it is must be known when this
+// is compiled: branches in its loop make a Xeon's prompts 10 % slower.
+INLINE void add_whole(f32v (*sum)[Q_TOKENS], const Slice *slice, Place at, int g, Type type,
+                      const bool leads, const int T, const int P) {
     const bool pairs = PAIRS && type == Q4;
-    const int ahead = ahead_of(in, type, T), tile = q_tokens(T);
-    const bool keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS && in->n > T;
-    const size_t bytes = panel_bytes(type, w->cols), size = group_lines(type) * LINE;
-    const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * bytes;
-    const size_t onward = gap == 1 ? (size_t)P * step : bytes;  // to the panels that come next
-    const size_t first = tiled((size_t)groups, tile, t0, 0);
-    const uint8_t *lines = w->data + (size_t)panel * bytes, *next = lines + onward;
-    const uint8_t *scales = lines + line_bytes(type, w->cols), *soon = lines + ahead;
-    const uint8_t *coming = scales + SCALES * PANEL * 2;
-    const int8_t *q = in->q + first * GROUP;
-    const float *scale = in->scale + first;
-    const int32_t *start = in->start + first;
-    f32v sum[STREAMS][Q_TOKENS] = {0};
-    for (int g = 0; g < groups;
-         g++, lines += size, soon += size, scales += PANEL * 2, coming += PANEL * 2) {
-        i32v whole[STREAMS][Q_TOKENS], line[STREAMS];
-        if (g == groups - ahead / (int)size) soon = next;
-        if (g == groups - SCALES) coming = next + line_bytes(type, w->cols);
-        if (!leads) __builtin_prefetch(next + (size_t)((t0 / T - 1) * groups + g) * LINE, 0, 2);
-        UNROLL for (int t = 0; t < T; t++) UNROLL for (int p = 0; p < P; p++)
-            whole[p][t] = spread_int(pairs ? 0 : start[g * tile + t]);
-        EACH_LINE {
-            UNROLL for (int p = 0; p < P; p++) {
-                const bool kept = keeps && !leads, ask = leads && i * size % (8 * LINE) == 0;
-                const uint8_t *at = lines + (size_t)p * step;
-                line[p] = kept ? slice->own->line[g][p][i] : weights_of_line(type, at, i);
-                if (keeps && leads) slice->own->line[g][p][i] = line[p];
-                if (ask) __builtin_prefetch(soon + (size_t)p * step + i * size / 8);
-            }
-            UNROLL for (int t = 0; t < T; t++) {
-                const int8_t *four = q + (size_t)(g * tile + t) * GROUP + 4 * i;
-                i32v x = spread_int((int32_t)read_u32(four));
-                UNROLL for (int p = 0; p < P; p++)
-                    whole[p][t] = dot(whole[p][t], line[p], x, pairs);
-            }
-            if (T < Q_TOKENS) UNROLL for (int p = 0; p < P; p++) in_turn(&soon, &whole[p][0].p[0]);
-        }
+    const bool keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS && slice->in->n > T;
+    const size_t size = group_bytes(type);
+    i32v whole[STREAMS][Q_TOKENS], line[STREAMS];
+    UNROLL for (int t = 0; t < T; t++) UNROLL for (int p = 0; p < P; p++)
+        whole[p][t] = spread_int(pairs ? 0 : at.start[t]);
+    EACH_LINE {
         UNROLL for (int p = 0; p < P; p++) {
-            const void *half = scales + (size_t)p * step;
-            f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
-            if (T == Q_TOKENS && !leads) less = slice->own->kept[g][p];
-            else if (T == Q_TOKENS) slice->own->kept[g][p] = less;
-            if (leads) __builtin_prefetch(coming + (size_t)p * step);
-            UNROLL for (int t = 0; t < T; t++) {
-                i32v begin = spread_int(start[g * tile + t]);
-                EACH_PART if (pairs) whole[p][t].p[k] = add_pairs(begin.p[k], whole[p][t].p[k]);
-                sum[p][t] = fma16(fma16(as_float(whole[p][t]), s, less),
-                                  spread(scale[g * tile + t]), sum[p][t]);
-            }
+            const bool kept = keeps && !leads, ask = leads && i * size % (8 * LINE) == 0;
+            const uint8_t *lines = at.lines + (size_t)p * at.step;
+            line[p] = kept ? slice->own->line[g][p][i] : weights_of_line(type, lines, i);
+            if (keeps && leads) slice->own->line[g][p][i] = line[p];
+            if (ask) __builtin_prefetch(at.soon + (size_t)p * at.step + i * size / 8);
+        }
+        UNROLL for (int t = 0; t < T; t++) {
+            i32v x = spread_int((int32_t)read_u32(at.q + (size_t)t * GROUP + 4 * i));
+            UNROLL for (int p = 0; p < P; p++) whole[p][t] = dot(whole[p][t], line[p], x, pairs);
+        }
+        if (T < Q_TOKENS)
+            UNROLL for (int p = 0; p < P; p++) in_turn(&at.soon, &whole[p][0].p[0]);
+    }
+    UNROLL for (int p = 0; p < P; p++) {
+        const void *half = at.scales + (size_t)p * at.step;
+        f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
+        if (T == Q_TOKENS && !leads) less = slice->own->kept[g][p];
+        else if (T == Q_TOKENS) slice->own->kept[g][p] = less;
+        UNROLL for (int t = 0; t < T; t++) {
+            i32v begin = spread_int(at.start[t]);
+            EACH_PART if (pairs) whole[p][t].p[k] = add_pairs(begin.p[k], whole[p][t].p[k]);
+            sum[p][t] = fma16(fma16(as_float(whole[p][t]), s, less), spread(at.scale[t]),
+                              sum[p][t]);
         }
     }
-    store_tile(slice, panel, gap, t0, sum, T, P);
+}
+INLINE void send_for_line(const uint8_t *at, size_t step, const int P) {
+    UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(at + (size_t)p * step);
+}
+
+// Two groups and their scales: where to go on from the first of them.
+typedef struct { size_t lines, scales; } Stride;
+static Stride stride_of(const Tensor *w) {
+    return (Stride){lines_at(w, 2) - lines_at(w, 0), scales_at(w, 2) - scales_at(w, 0)};
+}
+
+// One token: panels `gap` apart (where that is past the last, the same again). Each is followed by
+// its stream's next, so that a stream is read from its first byte to its last. Two groups at a
+// time, so that each instruction that reads goes on by the same number of bytes (Zen 5: q8 3 %).
+INLINE void q_streams(const Slice *slice, int panel, int gap, Type type, const int P) {
+    const Tensor w = {type, slice->w->rows, slice->w->cols, slice->w->interleaved, slice->w->data};
+    const int groups = (int)group_count(w.cols), last = (int)panel_count(w.rows) - 1;
+    const size_t size = group_bytes(type), ahead = (size_t)ahead_of(slice->in, type, 1);
+    const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * panel_bytes(type, w.cols);
+    const Stride two = stride_of(&w);
+    f32v sum[STREAMS][Q_TOKENS] = {0};
+    Place at = place_of(slice, panel, step, ahead, 0, 1);
+    for (int g = 0; g < groups; g += 2, at = onward(at, two.lines, two.scales, 2, 1)) {
+        add_whole(sum, slice, at, g, type, true, 1, P);
+        if (g + 1 < groups)
+            add_whole(sum, slice, onward(at, size, PANEL * 2, 1, 1), g + 1, type, true, 1, P);
+        send_for_line(at.soon + 2 * size, step, P);
+    }
+    store_tile(slice, panel, gap, 0, sum, 1, P);
+}
+
+// T tokens from t0 on by panels side by side. The tile that leads sends for lines of the next
+// panels where these end; the others each send for a share of them (5 %). How far ahead is in
+// whole twos of groups, two more than ahead_of has (2 to 8 tokens: Zen 5 1.01 to 1.05 times faster,
+// built for AVX2 1.02 to 1.1).
+INLINE void q_tile(const Slice *slice, int panel, int t0, Type type, const bool leads, const int T,
+                   const int P) {
+    const Tensor w = {type, slice->w->rows, slice->w->cols, slice->w->interleaved, slice->w->data};
+    const int groups = (int)group_count(w.cols), last = (int)panel_count(w.rows) - 1;
+    const size_t size = group_bytes(type), bytes = panel_bytes(type, w.cols);
+    const size_t step = panel + P - 1 > last ? 0 : bytes;
+    const Stride two = stride_of(&w);
+    const size_t ahead = ((size_t)ahead_of(slice->in, type, T) / two.lines + 2) * two.lines;
+    const uint8_t *next = w.data + (size_t)panel * bytes + (size_t)P * step;
+    const int turn = (groups + 1) / 2 * 2 - 2 * (int)(ahead / two.lines);
+    f32v sum[STREAMS][Q_TOKENS] = {0};
+    Place at = place_of(slice, panel, step, ahead, t0, T);
+    for (int g = 0; g < groups; g++) {
+        const size_t odd = (size_t)(g & 1);
+        if (g == turn) at.soon = next + lines_at(&w, 0);
+        if (!leads) __builtin_prefetch(next + (size_t)((t0 / T - 1) * groups + g) * LINE, 0, 2);
+        add_whole(sum, slice, at, g, type, leads, T, P);
+        if (leads && odd) send_for_line(at.soon + size, step, P);
+        at = onward(at, size + odd * (two.lines - 2 * size),
+                    PANEL * 2 + odd * (two.scales - LINE), 1, T);
+    }
+    store_tile(slice, panel, 1, t0, sum, T, P);
 }
 
 // All tokens against a slice, the widest tile first; of the last tile some may not be there. One
@@ -1174,16 +1241,15 @@ INLINE void q_slice(const Slice *s, Type type) {
     const int n = s->in->n, first = s->first / PANEL, end = (s->end - 1) / PANEL + 1;
     const int gap = n == 1 ? (end - first + PAIR) / STREAMS : 0;  // odd only where w ends
     int p = first;
-    for (; p < first + gap; p++) q_tile(s, p, gap, 0, type, true, 1, STREAMS);
+    for (; p < first + gap; p++) q_streams(s, p, gap, type, STREAMS);
     p = first + STREAMS * gap;
-    for (; !PAIR && n == 1 && p < end; p += UNIT_PANELS)
-        q_tile(s, p, 1, 0, type, true, 1, UNIT_PANELS);
+    for (; !PAIR && n == 1 && p < end; p += UNIT_PANELS) q_streams(s, p, 1, type, UNIT_PANELS);
     for (; p < end; p += P) {
         int t = 0;
-        if (n > FEW) q_tile(s, p, 1, 0, type, true, Q, P), t = Q;
-        for (; n - t > FEW; t += Q) q_tile(s, p, 1, t, type, false, Q, P);
-        if (FEW > 2 && n - t > 2) q_tile(s, p, 1, t, type, true, 4, P), t += 4;
-        if (FEW > 0 && n > t) q_tile(s, p, 1, t, type, true, 2, P);
+        if (n > FEW) q_tile(s, p, 0, type, true, Q, P), t = Q;
+        for (; n - t > FEW; t += Q) q_tile(s, p, t, type, false, Q, P);
+        if (FEW > 2 && n - t > 2) q_tile(s, p, t, type, true, 4, P), t += 4;
+        if (FEW > 0 && n > t) q_tile(s, p, t, type, true, 2, P);
     }
 }
 
@@ -1399,12 +1465,11 @@ static void unpack_row(float *out, const Tensor *w, int row) {
         store_some(out + i, load_weights(w->type, at + row_bytes(w->type, i), left), left);
     if (!is_quantized(w->type)) return;
     const uint8_t *panel = w->data + (size_t)(row / PANEL) * panel_bytes(w->type, w->cols);
-    const uint8_t *scales = panel + line_bytes(w->type, w->cols) + row % PANEL * 2;
     for (int i = 0; i < w->cols; i++) {
-        size_t group = (size_t)(i / GROUP) * group_lines(w->type) * LINE;
-        int byte = panel[group + byte_of(w->type, row, i % GROUP)] >> shift_of(w->type, i);
+        const size_t g = (size_t)(i / GROUP), lines = lines_at(w, g);
+        int byte = panel[lines + byte_of(w->type, row, i % GROUP)] >> shift_of(w->type, i);
         uint16_t half;
-        memcpy(&half, scales + i / GROUP * PANEL * 2, sizeof half);
+        memcpy(&half, panel + scales_at(w, g) + row % PANEL * 2, sizeof half);
         out[i] = (float)((w->type == Q8 ? byte : byte & 15) - zero_of(w->type)) * widen_half(half);
     }
 }
@@ -1480,21 +1545,19 @@ static float q4_scale(const float *x, float peak) {
     return round_group(q, x, Q4, found, &better, &rest) < plain ? found : best;
 }
 
-// One row of a panel of zeros, from floats padded to whole groups; returns the squared error.
-static double pack_row(uint8_t *panel, Type type, int row, const float *x, int cols) {
-    uint8_t *scales = panel + line_bytes(type, cols) + row * 2;
+// A row of w, from floats padded to whole groups, to its panel of zeros; returns the squared error.
+static double pack_row(uint8_t *panel, const Tensor *w, int row, const float *x) {
     double error = 0;
-    for (size_t groups = group_count(cols); groups--; x += GROUP, scales += PANEL * 2) {
+    for (size_t g = 0; g < group_count(w->cols); g++, x += GROUP) {
         float q[GROUP], better, rest, peak = 0;
         for (int i = 0; i < GROUP; i++) peak = fmaxf(peak, fabsf(x[i]));
-        float scale = type == Q8 ? half_scale(peak / 127) : q4_scale(x, peak);
+        float scale = w->type == Q8 ? half_scale(peak / 127) : q4_scale(x, peak);
         uint16_t half = narrow_half(scale);
-        error += round_group(q, x, type, scale, &better, &rest);
-        memcpy(scales, &half, sizeof half);
+        error += round_group(q, x, w->type, scale, &better, &rest);
+        memcpy(panel + scales_at(w, g) + row % PANEL * 2, &half, sizeof half);
         for (int i = 0; i < GROUP; i++)
-            panel[byte_of(type, row, i)] |=
-                (uint8_t)(((int)q[i] + zero_of(type)) << shift_of(type, i));
-        panel += group_lines(type) * LINE;
+            panel[lines_at(w, g) + byte_of(w->type, row, i)] |=
+                (uint8_t)(((int)q[i] + zero_of(w->type)) << shift_of(w->type, i));
     }
     return error;
 }
@@ -3016,7 +3079,7 @@ static void run_info(Session *s) {
 // Rows of a matrix in another type: threads pack them, and then they go out.
 enum { PACKED = 64 * PANEL };
 typedef struct {
-    const Tensor *from; Type type; int first; uint8_t *panels;  // of the rows, what they become
+    const Tensor *from, *to; int first; uint8_t *panels;  // of the rows, what they become
     double error[PACKED], power[PACKED];  // sums of squares
 } Packing;
 static void pack_rows(void *job, int thread, int first, int end) {
@@ -3024,21 +3087,22 @@ static void pack_rows(void *job, int thread, int first, int end) {
     const Tensor *w = p->from;
     (void)thread;
     for (int i = first; i < end; i++) {
-        uint8_t *panel = p->panels + (size_t)(i / PANEL) * panel_bytes(p->type, w->cols);
+        uint8_t *panel = p->panels + (size_t)(i / PANEL) * panel_bytes(p->to->type, w->cols);
         float *x = NEW(float, group_count(w->cols) * GROUP);
         if (p->first + i < w->rows) unpack_row(x, w, p->first + i);
         for (int j = 0; j < w->cols; j++) p->power[i] += (double)x[j] * (double)x[j];
-        p->error[i] = pack_row(panel, p->type, i % PANEL, x, w->cols);
+        p->error[i] = pack_row(panel, p->to, i, x);
         free(x);
     }
 }
 
 // Adds to the sums of squares of errors and of weights.
-static void write_packed(Session *s, const Tensor *w, Type type, double sums[2], Progress *p) {
-    size_t bytes = panel_bytes(type, w->cols);
+static void write_packed(Session *s, const Tensor *w, const Tensor *to, double sums[2],
+                         Progress *p) {
+    size_t bytes = panel_bytes(to->type, w->cols);
     uint8_t *panels = new_array(PACKED / PANEL, bytes);
     for (int first = 0, rows; first < w->rows; first += rows) {
-        Packing job = {w, type, first, memset(panels, 0, PACKED / PANEL * bytes), {0}, {0}};
+        Packing job = {w, to, first, memset(panels, 0, PACKED / PANEL * bytes), {0}, {0}};
         rows = least(PACKED, (int)panel_count(w->rows) * PANEL - first);
         parallel(&s->pool, rows, pack_rows, &job);
         for (int i = 0; i < rows; i++) sums[0] += job.error[i], sums[1] += job.power[i];
@@ -3059,15 +3123,15 @@ static void run_quantize(Session *s) {
     if (m->config.type == Q4 || !*path || strcmp(type, type_names[to.config.type]) != 0)
         die("quantize wants a model not q4, -q q8 or q4, and -o FILE, not %s, -q '%s' and -o '%s'",
             o->model, type, path);
+    to.config.flags |= INTERLEAVED;
     to.layers = new_array((size_t)to.config.n_layers, sizeof *to.layers);
     Header header = {MAGIC, 1, to.config, {0}, take_ours(&to)};
     write_bytes(&s->out, &header, HEADER);
     Progress progress = {"quantizing", (double)header.size, seconds(), 0};
     for (SlotId i = 0; i < SLOTS; i = next_slot(&to.config, i, &l)) {
-        const Tensor *w = &m->layers[l][i];
-        Type packed = to.layers[l][i].type;
+        const Tensor *w = &m->layers[l][i], *packed = &to.layers[l][i];
         write_bytes(&s->out, zeros, round_up(s->out.written, LINE) - s->out.written);
-        if (packed == F32) write_bytes(&s->out, w->data, tensor_bytes(w));
+        if (packed->type == F32) write_bytes(&s->out, w->data, tensor_bytes(w));
         else write_packed(s, w, packed, sums[i], &progress);
         if (!(sums[i][0] < INFINITY && sums[i][1] < INFINITY))
             die("%s: %s has weights that are no numbers or too large", o->model, slots[i].name);

@@ -1092,14 +1092,15 @@ class Random(Case):
                 start, lane = r // 16 * panel, r % 16
                 weights, scales = [], []
                 for g in range(groups):
-                    at = start + g * lines * 64
+                    at = start + (g * lines + g // 2 + 1) * 64
                     for c in range(32):
                         if kind == "q8":
                             weights.append(data[at + c // 4 * 64 + 4 * lane + c % 4] - 128)
                         else:
                             byte = data[at + c // 8 * 64 + 4 * lane + c % 4]
                             weights.append((byte >> 4 if c % 8 >= 4 else byte & 15) - 8)
-                    scales += struct.unpack_from("<e", data, start + groups * lines * 64 + (g * 16 + lane) * 2)
+                    line = start + g // 2 * (2 * lines + 1) * 64
+                    scales += struct.unpack_from("<e", data, line + (g % 2 * 16 + lane) * 2)
                 yield r < rows, columns, weights, scales
 
     def test_quantized_panels_hold_weights_of_the_same_spread_and_zero_padding(self):

@@ -1415,6 +1415,7 @@ class BadCheckpoint(Case):
             self.bad_model(changed(checkpoint(), "type", value), "type")
         for value in 16, 1 << 31:
             self.bad_model(changed(checkpoint(), "flags", value), "flags")
+        self.bad_model(changed(checkpoint(type=3), "flags", 32), "flags")
         self.bad_model(changed(checkpoint(), "sliding_window", -1), "sliding_window")
         for at in 84, 150, 247:
             self.bad_model(changed(checkpoint(), at, b"\1"), "zero")
@@ -1450,8 +1451,8 @@ class BadCheckpoint(Case):
 
     def test_quantized_panels_of_any_bytes_are_run(self):
         dice = random.Random(5)
-        for kind in 3, 4:
-            model = self.tiny(type=kind, vocab_size=262, fill=dice.randbytes)
+        for kind, flags in (3, 0), (4, 0), (3, 16), (4, 16):
+            model = self.tiny(type=kind, flags=flags, vocab_size=262, fill=dice.randbytes)
             for options in (("-t", 0), ("-s", 1)):
                 self.ok(model, "-i", "a", "-n", 20, *options)
 

@@ -109,9 +109,10 @@ static double largest(const double *x, size_t n) {
     return peak;
 }
 
-// Numbers as a matrix of some type; the tensor owns its data.
-static Tensor new_tensor(Type type, int rows, int cols, const float *x) {
-    Tensor w = {type, rows, cols, NULL};
+// Numbers as a matrix like `w`; the tensor owns its data.
+static Tensor new_tensor(Tensor w, const float *x) {
+    const Type type = w.type;
+    const int rows = w.rows, cols = w.cols;
     uint8_t *data = NEW(uint8_t, tensor_bytes(&w));
     size_t wide = group_count(cols) * GROUP;
     float *padded = NEW(float, wide);
@@ -119,8 +120,7 @@ static Tensor new_tensor(Type type, int rows, int cols, const float *x) {
         memset(padded, 0, wide * sizeof *padded);
         if (r < rows)
             memcpy(padded, x + (size_t)r * (size_t)cols, (size_t)cols * sizeof *padded);
-        uint8_t *panel = data + (size_t)(r / PANEL) * panel_bytes(type, cols);
-        pack_row(panel, type, r % PANEL, padded, cols);
+        pack_row(data + (size_t)(r / PANEL) * panel_bytes(type, cols), &w, r, padded);
     }
     for (int i = 0; !is_quantized(type) && i < rows * cols; i++) {
         uint32_t bits = bits_of_float(x[i]);
@@ -136,7 +136,7 @@ static void free_tensor(Tensor *w) { free((void *)(uintptr_t)w->data); }
 
 static Tensor random_tensor(Type type, int rows, int cols, uint32_t seed) {
     float *x = random_numbers((size_t)rows * (size_t)cols, seed);
-    Tensor w = new_tensor(type, rows, cols, x);
+    Tensor w = new_tensor((Tensor){type, rows, cols, true, NULL}, x);
     free(x);
     return w;
 }
@@ -471,7 +471,7 @@ static void quantized_weights_come_back_within_half_a_step(void) {
         for (Type type = Q8; type <= Q4; type++) {
             int n = cols[k], rows = 19;
             float *x = random_numbers((size_t)(rows * n), 7), *back = NEW(float, n);
-            Tensor w = new_tensor(type, rows, n, x);
+            Tensor w = new_tensor((Tensor){type, rows, n, k % 2, NULL}, x);
             for (int r = 0; r < rows; r++) {
                 unpack_row(back, &w, r);
                 for (int i = 0; i < n; i++) {
@@ -510,7 +510,7 @@ static void q4_is_never_worse_than_max_over_7_and_on_the_whole_better(void) {
         double error = 0;
         for (int i = 0; i < GROUP; i++)
             x[i] = random_number(&seed) * (i == k % 64 ? 4 : 1);
-        Tensor w = new_tensor(Q4, 1, GROUP, x);
+        Tensor w = new_tensor((Tensor){Q4, 1, GROUP, true, NULL}, x);
         unpack_row(back, &w, 0);
         for (int i = 0; i < GROUP; i++)
             error += (double)(x[i] - back[i]) * (double)(x[i] - back[i]);
@@ -527,8 +527,9 @@ static void the_error_that_packing_reports_is_the_error_it_made(void) {
         float *x = random_numbers(128, 5), back[100];
         memset(x + cols, 0, 28 * sizeof *x);
         uint8_t *panel = NEW(uint8_t, panel_bytes(type, cols));
-        double said = pack_row(panel, type, 3, x, cols), made = 0;
-        unpack_row(back, &(Tensor){type, PANEL, cols, panel}, 3);
+        Tensor w = {type, PANEL, cols, true, panel};
+        double said = pack_row(panel, &w, 3, x), made = 0;
+        unpack_row(back, &w, 3);
         for (int i = 0; i < cols; i++)
             made += (double)(x[i] - back[i]) * (double)(x[i] - back[i]);
         EXPECT_NEAR(said, made, 1e-5 * made);
@@ -687,6 +688,30 @@ static void products_of_f16_are_right_and_always_the_same(void) { check_matmul_o
 static void products_of_q8_are_right_and_always_the_same(void) { check_matmul_of(Q8); }
 static void products_of_q4_are_right_and_always_the_same(void) { check_matmul_of(Q4); }
 
+static void products_are_the_same_wherever_scales_stand(void) {
+    static const int cols[] = {32, 33, 96, 1100}, tokens[] = {1, 2, 3, 5, 20};
+    enum { HIGH = 161, MOST = 20 };
+    for (int k = 0; k < 2 * COUNT(cols) * COUNT(tokens); k++) {
+        const int c = cols[k / 2 % COUNT(cols)], n = tokens[k / 2 / COUNT(cols)];
+        const Type type = k % 2 ? Q8 : Q4;
+        float *x = random_numbers((size_t)(HIGH * c), 5), out[2][MOST * HIGH];
+        Inputs in = new_inputs(type, x, n, c);
+        Scratch *scratch = new_scratch(1, n, c);
+        Pool p;
+        start_pool(&p, 1);
+        for (int i = 0; i < 2; i++) {
+            Tensor w = new_tensor((Tensor){type, HIGH, c, i, NULL}, x);
+            matmul(&p, &(Matmul){&w, {out[i]}, &in, scratch});
+            free_tensor(&w);
+        }
+        stop_pool(&p);
+        EXPECT_BITS(out[0], out[1], n * HIGH);
+        free_scratch(scratch, 1);
+        free_inputs(&in);
+        free(x);
+    }
+}
+
 static void three_products_in_one_job_are_three_products(void) {
     static const int rows[] = {40, 7, 65};
     float *x = random_numbers(150, 99);
@@ -720,15 +745,15 @@ static void three_products_in_one_job_are_three_products(void) {
 static void products_of_any_bytes_do_not_saturate(void) {
     for (Type type = Q8; type <= Q4; type++) {
         int rows = 32, cols = 64;
-        Tensor w = {type, rows, cols, NULL};
+        Tensor w = {type, rows, cols, true, NULL};
         uint8_t *data = NEW(uint8_t, tensor_bytes(&w));
         uint32_t seed = 1;
         for (size_t i = 0; i < tensor_bytes(&w); i++)
             data[i] = (uint8_t[]){0, 255, 128, 1}[random_bits(&seed) % 4];
-        for (int p = 0; p < rows / PANEL; p++)
-            for (int i = 0; i < 2 * PANEL; i++)
-                memcpy(data + (size_t)p * panel_bytes(type, cols) + line_bytes(type, cols) + i * 2,
-                       &(uint16_t){0x3c00}, 2);  // 1.0
+        for (int r = 0; r < rows; r++)
+            for (size_t g = 0; g < group_count(cols); g++)
+                memcpy(data + (size_t)(r / PANEL) * panel_bytes(type, cols) + scales_at(&w, g) +
+                       r % PANEL * 2, &(uint16_t){0x3c00}, 2);  // 1.0
         w.data = data;
         float x[5 * 64], out[5 * 32];
         for (int i = 0; i < 5 * cols; i++)
@@ -1749,6 +1774,7 @@ static const Test tests[] = {
     TEST(products_of_f16_are_right_and_always_the_same),
     TEST(products_of_q8_are_right_and_always_the_same),
     TEST(products_of_q4_are_right_and_always_the_same),
+    TEST(products_are_the_same_wherever_scales_stand),
     TEST(three_products_in_one_job_are_three_products),
     TEST(products_of_any_bytes_do_not_saturate),
     TEST(attention_is_its_definition_for_every_kind_of_head),
