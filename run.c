@@ -939,9 +939,10 @@ INLINE void store_some(float *out, f32v v, int n) {
 //
 // Float matrices lie row after row. Quantized ones lie in panels of 16 rows, each row in groups of
 // 32 columns that share a scale. A panel is its 64-byte lines, group after group, and before each
-// two groups a line of their scales, f16 (2, 16). (INTERLEAVED. Without it all scales of a panel
-// stand behind all its lines: a stream that skips them and comes back is read slower, Zen 5: q4 10,
-// q8 4 %.) A line is what one step of dot4 wants, 4 weights of each of the 16 rows:
+// two groups a line of their scales, f16 (2, 16), so that who reads it goes straight on. (Without
+// INTERLEAVED all scales stand behind all lines: one token of q8 then takes 1.03 times as long on
+// Zen 5, of q4 1.07, built for AVX2 1.12 and 1.18.) A line is what one step of dot4 wants, 4
+// weights of each of the 16 rows:
 //
 //     byte of line i       0          1          2          3          4        ..  63
 //     q8 (8 lines a group) row 0                                       row 1        row 15
@@ -967,14 +968,17 @@ typedef struct {
     float *vector;   // (n, vectors of a row, WIDTH), of MANY rows turned: see input_lane
     int8_t *q;       // (n / tile, groups of a row, tile, GROUP), tile: q_tokens(n)
     float *scale;    // (n / tile, groups of a row, tile)
-    int32_t *start;  // likewise: where a group's sum starts, see q_tile
+    int32_t *start;  // likewise: where a group's sum starts, see add_whole
 } Inputs;
 // How far ahead T tokens send for weights: NEAR if no cache holds the model (Zen 3: q8 7 %, f32 5 %
 // faster; held ones of q8 20 % slower), without PAIRS only for float weights (Zen 5: those 3 to 8 %
 // faster, q4 3 to 5 % slower); one token's four streams always (Zen 5: q8 and q4 2 to 5 % faster).
-INLINE int ahead_of(const Inputs *in, Type type, const int T) {
-    const bool four = is_quantized(type) && STREAMS == 4 && T == 1;
-    return four || (!in->held && (PAIRS || !is_quantized(type))) ? NEAR : AHEAD;
+// Tiles of more tokens go in whole `units` of bytes, two further (2 to 8 tokens: Zen 5 1.01 to 1.05
+// times faster, built for AVX2 1.02 to 1.1).
+INLINE size_t ahead_of(const Inputs *in, Type type, const int T, size_t unit) {
+    const bool quantized = is_quantized(type), four = quantized && STREAMS == 4 && T == 1;
+    const size_t far = four || (!in->held && (PAIRS || !quantized)) ? NEAR : AHEAD;
+    return quantized && T > 1 ? (far / unit + 2) * unit : far;
 }
 // Tokens whose groups lie side by side: a tile's. Those of one token alone, which only tiles of one
 // take, are neighbours, so that they fill whole lines (a thread of Zen 5: q8 2, q4 5 % faster).
@@ -1110,6 +1114,7 @@ typedef struct {
     const uint8_t *lines, *scales, *soon; size_t step;
     const int8_t *q; const float *scale; const int32_t *start;
 } Place;
+// Where it begins, `ahead` bytes behind what it sends for.
 INLINE Place place_of(const Slice *s, int panel, size_t step, size_t ahead, int t0, const int T) {
     const Tensor *w = s->w;
     const size_t first = tiled(group_count(w->cols), q_tokens(T), t0, 0);
@@ -1118,7 +1123,7 @@ INLINE Place place_of(const Slice *s, int panel, size_t step, size_t ahead, int 
     return (Place){lines, data + scales_at(w, 0), lines + ahead, step,
                    s->in->q + first * GROUP, s->in->scale + first, s->in->start + first};
 }
-// n groups on.
+// n groups on, which are so many bytes of lines and of scales.
 INLINE Place onward(Place at, size_t lines, size_t scales, int n, const int T) {
     n *= q_tokens(T), at.lines += lines, at.soon += lines, at.scales += scales;
     at.q += n * GROUP, at.scale += n, at.start += n;
@@ -1177,6 +1182,11 @@ INLINE void send_for_line(const uint8_t *at, size_t step, const int P) {
     UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(at + (size_t)p * step);
 }
 
+// A matrix whose type is known when this is compiled, and with it what Stride holds.
+INLINE Tensor typed(const Tensor *w, Type type) {
+    return (Tensor){type, w->rows, w->cols, w->interleaved, w->data};
+}
+
 // Two groups and their scales: where to go on from the first of them.
 typedef struct { size_t lines, scales; } Stride;
 static Stride stride_of(const Tensor *w) {
@@ -1187,34 +1197,33 @@ static Stride stride_of(const Tensor *w) {
 // its stream's next, so that a stream is read from its first byte to its last. Two groups at a
 // time, so that each instruction that reads goes on by the same number of bytes (Zen 5: q8 3 %).
 INLINE void q_streams(const Slice *slice, int panel, int gap, Type type, const int P) {
-    const Tensor w = {type, slice->w->rows, slice->w->cols, slice->w->interleaved, slice->w->data};
+    const Tensor w = typed(slice->w, type);
     const int groups = (int)group_count(w.cols), last = (int)panel_count(w.rows) - 1;
-    const size_t size = group_bytes(type), ahead = (size_t)ahead_of(slice->in, type, 1);
-    const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * panel_bytes(type, w.cols);
+    const size_t size = group_bytes(type), bytes = panel_bytes(type, w.cols);
+    const size_t step = panel + (P - 1) * gap > last ? 0 : (size_t)gap * bytes;
     const Stride two = stride_of(&w);
     f32v sum[STREAMS][Q_TOKENS] = {0};
-    Place at = place_of(slice, panel, step, ahead, 0, 1);
+    Place at = place_of(slice, panel, step, ahead_of(slice->in, type, 1, two.lines), 0, 1);
     for (int g = 0; g < groups; g += 2, at = onward(at, two.lines, two.scales, 2, 1)) {
         add_whole(sum, slice, at, g, type, true, 1, P);
         if (g + 1 < groups)
             add_whole(sum, slice, onward(at, size, PANEL * 2, 1, 1), g + 1, type, true, 1, P);
-        send_for_line(at.soon + 2 * size, step, P);
+        send_for_line(at.soon + 2 * size, step, P);  // of scales: between two groups and two
     }
     store_tile(slice, panel, gap, 0, sum, 1, P);
 }
 
 // T tokens from t0 on by panels side by side. The tile that leads sends for lines of the next
-// panels where these end; the others each send for a share of them (5 %). How far ahead is in
-// whole twos of groups, two more than ahead_of has (2 to 8 tokens: Zen 5 1.01 to 1.05 times faster,
-// built for AVX2 1.02 to 1.1).
+// panels where these end; the others each send for a share of them (5 %). One group at a time: by
+// two, prompts are 2.5 % slower (Zen 5).
 INLINE void q_tile(const Slice *slice, int panel, int t0, Type type, const bool leads, const int T,
                    const int P) {
-    const Tensor w = {type, slice->w->rows, slice->w->cols, slice->w->interleaved, slice->w->data};
+    const Tensor w = typed(slice->w, type);
     const int groups = (int)group_count(w.cols), last = (int)panel_count(w.rows) - 1;
     const size_t size = group_bytes(type), bytes = panel_bytes(type, w.cols);
     const size_t step = panel + P - 1 > last ? 0 : bytes;
     const Stride two = stride_of(&w);
-    const size_t ahead = ((size_t)ahead_of(slice->in, type, T) / two.lines + 2) * two.lines;
+    const size_t ahead = ahead_of(slice->in, type, T, two.lines);
     const uint8_t *next = w.data + (size_t)panel * bytes + (size_t)P * step;
     const int turn = (groups + 1) / 2 * 2 - 2 * (int)(ahead / two.lines);
     f32v sum[STREAMS][Q_TOKENS] = {0};
@@ -1306,7 +1315,7 @@ INLINE void float_tile(const Slice *p, int r, int gap, int t0, const Type type, 
     const size_t apart = vector_count(w->cols) * WIDTH, step = row_bytes(type, WIDTH);
     const int skipped = r + 1 < p->first + gap ? 0 : (F_ROWS - 1) * gap;  // rows to the next slice
     const size_t beyond = (size_t)skipped * row_bytes(type, w->cols);
-    const size_t ahead = (size_t)ahead_of(p->in, type, T);
+    const size_t ahead = ahead_of(p->in, type, T, 1);
     const uint8_t *row[F_ROWS];
     f32v all[F_TOKENS][F_ROWS];
     for (int h = 0; h < PARTS; h += H) {

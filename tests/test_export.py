@@ -1085,7 +1085,9 @@ class Random(Case):
         def size(rows, columns):
             groups = -(-columns // 32)
             return -(-rows // 16) * (groups * lines * 64 + -(-groups * 32 // 64) * 64)
-        for rows, columns, data in self.matrices(self.random(kind), size):
+        model = self.random(kind)
+        self.assertEqual(struct.unpack_from("<I", model, 52), (16,))  # scales stand among the lines
+        for rows, columns, data in self.matrices(model, size):
             groups = -(-columns // 32)
             panel = size(16, columns)
             for r in range(-(-rows // 16) * 16):
