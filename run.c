@@ -1074,9 +1074,17 @@ typedef struct {
 // A slice of a product: rows first to end of w by all tokens.
 typedef struct {
     float *out; size_t stride;  // its numbers from token to token
-    const Tensor *w; int first, end;
-    const Inputs *in; const Scratch *own;
+    bool adds;                  // to those that are there
+    const Tensor *w; const Inputs *in; const Scratch *own;
+    int first, end;
 } Slice;
+INLINE float *out_of(const Slice *s, int t, int row) {
+    return s->out + (size_t)t * s->stride + (row - s->first);
+}
+// The first n lanes of v go out.
+INLINE void put(const Slice *s, float *out, f32v v, int n) {
+    store_some(out, s->adds ? add(load_some(out, n), v) : v, n);
+}
 
 // A line's weights for dot4. In q4 a line holds two: the low and the high halves of its bytes.
 INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
@@ -1097,12 +1105,18 @@ INLINE void store_tile(const Slice *s, int panel, int gap, int t0, f32v (*sum)[Q
                        const int T, const int P) {
     const int row = panel * PANEL, between = gap * PANEL, end = row + (P - 1) * between + PANEL;
     const bool whole = t0 + T <= s->in->n && end <= s->w->rows;
-    float *out = s->out + (size_t)t0 * s->stride + (row - s->first);
+    float *out = out_of(s, t0, row);
     UNROLL for (int t = 0; t < T; t++, out += s->stride) UNROLL for (int p = 0; p < P; p++) {
         const int r = p * between;
-        if (whole) store_f32(out + r, sum[p][t]);
-        else if (t0 + t < s->in->n) store_some(out + r, sum[p][t], most(0, s->w->rows - row - r));
+        if (whole) put(s, out + r, sum[p][t], WIDTH);
+        else if (t0 + t < s->in->n) put(s, out + r, sum[p][t], most(0, s->w->rows - row - r));
     }
+}
+// Where they will go is sent for (prompts of q8 that add: Zen 5 3 %).
+INLINE void send_for_out(const Slice *s, int panel, int t0, const int T, const int P) {
+    const float *out = out_of(s, t0, panel * PANEL);
+    UNROLL for (int t = 0; t < T; t++, out += s->stride)
+        UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(out + p * PANEL, 1);
 }
 
 // A tile is P panels by T tokens: out(t, row) = sum over groups of scale_w * scale_x * (integer
@@ -1228,6 +1242,7 @@ INLINE void q_tile(const Slice *slice, int panel, int t0, Type type, const bool 
     const int turn = (groups + 1) / 2 * 2 - 2 * (int)(ahead / two.lines);
     f32v sum[STREAMS][Q_TOKENS] = {0};
     Place at = place_of(slice, panel, step, ahead, t0, T);
+    send_for_out(slice, panel, t0, T, P);
     for (int g = 0; g < groups; g++) {
         const size_t odd = (size_t)(g & 1);
         if (g == turn) at.soon = next + lines_at(&w, 0);
@@ -1339,8 +1354,9 @@ INLINE void float_tile(const Slice *p, int r, int gap, int t0, const Type type, 
     }
     UNROLL for (int t = 0; t < T; t++) {
         Four four = join4(all[t]);
-        float *out = p->out + (size_t)(t0 + t) * p->stride + (r - p->first);
-        UNROLL for (int k = 0; k < F_ROWS; k++) if (r + k * gap < p->end) out[k * gap] = four[k];
+        float *out = out_of(p, t0 + t, r);
+        UNROLL for (int k = 0; k < F_ROWS; k++)
+            if (r + k * gap < p->end) out[k * gap] = p->adds ? out[k * gap] + four[k] : four[k];
     }
 }
 INLINE void few_tokens(const Slice *p, const Type type) {
@@ -1422,9 +1438,9 @@ INLINE void strip_tile(const Slice *p, int r, int j, int t0, int share, const in
         UNROLL for (int t = 0; t < T; t++) UNROLL for (int v = 0; v < V; v++)
             sum[t][v] = add(level[t][v], sum[t][v]);
     UNROLL for (int t = 0; t < T; t++) UNROLL for (int v = 0; v < V; v++) {
-        float *out = p->out + (size_t)(t0 + t) * p->stride + (r - p->first) + v * WIDTH;
+        const int at = r + v * WIDTH;
         if (j < WIDTH - 1) level[t][v] = sum[t][v];
-        else if (t0 + t < in->n) store_some(out, sum[t][v], most(0, p->end - r - v * WIDTH));
+        else if (t0 + t < in->n) put(p, out_of(p, t0 + t, at), sum[t][v], most(0, p->end - at));
     }
 }
 // One function for all types, as turned weights are floats.
@@ -1483,29 +1499,30 @@ static void unpack_row(float *out, const Tensor *w, int row) {
     }
 }
 
-// Some units of in(n, cols) w(rows, cols)^T; out is their first number, `stride` apart for tokens.
+// Some units of in(n, cols) w(rows, cols)^T, whose first number is out.
 static int unit_count(int rows) { return (rows - 1) / GROUP + 1; }
-static void multiply_units(float *out, size_t stride, const Tensor *w, int unit, int units,
-                           const Inputs *in, const Scratch *s) {
-    const int first = unit * GROUP, end = least(first + units * GROUP, w->rows);
-    multiply_slice[w->type](&(Slice){out, stride, w, first, end, in, s});
+static void multiply_units(Slice s, int unit, int units) {
+    s.first = unit * GROUP, s.end = least(s.first + units * GROUP, s.w->rows);
+    multiply_slice[s.w->type](&s);
 }
 
 // Units of a slice, of those that are left: all for one token, whose weights come from memory.
 // Those of many tokens come from the cache, where few fit.
 static int slice_units(const Inputs *in, int left) { return in->n == 1 ? left : 1; }
 
-// out(n, rows) = in(n, cols) w(rows, cols)^T. Nearly all time goes here. Products by tensors that
-// follow each other are done as one job, for fewer meetings of the threads.
-typedef struct { const Tensor *w; float *out[3]; const Inputs *in; Scratch *scratch; } Matmul;
+// out(n, rows) = in(n, cols) w(rows, cols)^T, or += if it adds. Nearly all time goes here. Products
+// by tensors that follow each other are done as one job, for fewer meetings of the threads.
+typedef struct {
+    const Tensor *w; float *out[3]; const Inputs *in; Scratch *scratch; bool adds;
+} Matmul;
 static void matmul_units(void *job, int thread, int first, int end) {
     const Matmul *m = job;
-    const Tensor *w = m->w;
+    Slice s = {.adds = m->adds, .w = m->w, .in = m->in, .own = &m->scratch[thread]};
     for (int i = first, before = 0, some, n; i < end; i += some) {
-        while (i - before >= (n = unit_count(w->rows))) before += n, w++;
-        float *out = m->out[w - m->w] + (i - before) * GROUP;
+        while (i - before >= (n = unit_count(s.w->rows))) before += n, s.w++;
+        s.out = m->out[s.w - m->w] + (i - before) * GROUP, s.stride = (size_t)s.w->rows;
         some = slice_units(m->in, least(end, before + n) - i);
-        multiply_units(out, (size_t)w->rows, w, i - before, some, m->in, &m->scratch[thread]);
+        multiply_units(s, i - before, some);
     }
 }
 static void matmul(Pool *pool, Matmul *m) {
@@ -1746,10 +1763,10 @@ typedef struct State {
     const Model *model; Pool *pool;  // the first six are set before open_state
     int context, slots;     // positions a sequence has room for, and how many sequences
     int batch, logit_rows;  // steps in the layers at once, and logits kept at once, at most
-    float *x, *branch;      // (batch, dim)     the residual stream, what is to be added to it
+    float *x;               // (batch, dim)     the residual stream
     Inputs in, gated;       // (batch, dim or q_dim), (batch, hidden_dim)  of the next product
     float *y;               // (batch, dim or q_dim)  rows on their way there
-    float *q, *k, *v;       // (batch, heads, head_dim)  q in the room of y, v in that of branch
+    float *q, *k, *v;       // (batch, heads, head_dim)  q in the room of y
     float *angles;          // (batch, 2, head_dim/2)    cosines and sines
     float *logits;          // (logit_rows, vocab)
     float *answers;         // (records, heads, MIX + head_pad)  empty but inside attend
@@ -1757,7 +1774,8 @@ typedef struct State {
     Cache cache;            // (slots, layers, kv_heads)
     Arena arena;
     const Step *steps;      // (n)  what goes through
-    int n, l, run, parts, records;  // l: the layer; the others: see attend
+    int n, l, from;                 // l: the layer; from: its first row with a query
+    int run, parts, records;        // see attend
     const Tensor *norm;     // weight of the next norm
     void (*work)(struct State *s, int t);  // of each_row
 } State;
@@ -1787,9 +1805,9 @@ static void lay_out(State *s, Arena *a) {
     size_t batch = (size_t)s->batch, answer = (size_t)(MIX + pad);
     size_t heads = (size_t)c->n_layers * (size_t)c->n_kv_heads;
     s->x = DEAL(a, float, batch * (size_t)c->dim);
-    s->v = s->branch = DEAL(a, float, batch * (size_t)most(c->dim, kv_dim(c)));
     s->q = s->y = DEAL(a, float, batch * (size_t)wide);
     s->k = DEAL(a, float, batch * (size_t)kv_dim(c));
+    s->v = DEAL(a, float, batch * (size_t)kv_dim(c));
     s->in = deal_inputs(a, c->type, s->batch, wide, s->model->file.size);
     s->gated = deal_inputs(a, c->type, s->batch, c->hidden_dim, s->model->file.size);
     s->angles = DEAL(a, float, batch * (size_t)c->head_dim);
@@ -1851,12 +1869,11 @@ static double rope_frequency(const Config *c, int i) {
     return keep * f + (1 - keep) * f / (double)c->factor;
 }
 
-// x = 0, to which the embedding is added first; cosines and sines of the position
+// x = the embedding; cosines and sines of the position
 static void enter_row(State *s, int t) {
     const Config *c = &s->model->config;
     float *angles = row(s->angles, t, c->head_dim);
-    memset(row(s->x, t, c->dim), 0, (size_t)c->dim * sizeof *s->x);
-    unpack_row(row(s->branch, t, c->dim), &s->model->layers[0][EMBEDDING], s->steps[t].id);
+    unpack_row(row(s->x, t, c->dim), &s->model->layers[0][EMBEDDING], s->steps[t].id);
     for (int i = 0; i < c->head_dim / 2; i++) {
         double angle = s->steps[t].pos * rope_frequency(c, i);
         angles[i] = (float)cos(angle), angles[i + c->head_dim / 2] = (float)sin(angle);
@@ -1873,12 +1890,11 @@ static void rmsnorm(float *out, const float *x, const Tensor *weight, float eps)
     for (int i = 0; i < n; i++) out[i] = x[i] * scale * vector(weight)[i];
 }
 
-// x += branch, in = norm(x). The branch is 0 then, so that who comes again adds nothing twice.
+// in = norm(x)
 static void norm_row(State *s, int t) {
     const Config *c = &s->model->config;
-    float *x = row(s->x, t, c->dim), *y = row(s->y, t, c->dim), *branch = row(s->branch, t, c->dim);
-    for (int i = 0; i < c->dim; i++) x[i] += branch[i], branch[i] = 0;
-    rmsnorm(y, x, s->norm, c->norm_eps);
+    float *y = row(s->y, t, c->dim);
+    rmsnorm(y, row(s->x, t, c->dim), s->norm, c->norm_eps);
     prepare_row(&s->in, t, y);
 }
 
@@ -1901,8 +1917,8 @@ static void gate_units(void *job, int thread, int first, int end) {
         some = slice_units(&s->in, end - i);
         const int rows = some * GROUP, cols = least(rows, w1->rows - i * GROUP);
         float *h1 = own->gate, *h2 = row(h1, s->n, rows);
-        multiply_units(h1, (size_t)rows, w1, i, some, &s->in, own);
-        multiply_units(h2, (size_t)rows, w3, i, some, &s->in, own);
+        multiply_units((Slice){h1, (size_t)rows, false, w1, &s->in, own, 0, 0}, i, some);
+        multiply_units((Slice){h2, (size_t)rows, false, w3, &s->in, own, 0, 0}, i, some);
         swiglu(h1, h2, s->n * rows);
         prepare(&s->gated, 0, s->n, i * GROUP, h1, rows, cols);
     }
@@ -1926,19 +1942,27 @@ static size_t cache_head(const State *s, int kv_head) {
     return (size_t)s->l * (size_t)s->model->config.n_kv_heads + (size_t)kv_head;
 }
 
-// Biases and norms of heads, if the model has them, and turns; keys and values go to the cache.
-static void place_row(State *s, int t) {
+// Biases and norms of a row's heads, if the model has them, and turns.
+static void turn_heads(const State *s, int t, float *x, int heads, SlotId bias, SlotId norm) {
     const Config *c = &s->model->config;
     const Tensor *w = s->model->layers[s->l];
-    float *q = row(s->q, t, q_dim(c)), *k = row(s->k, t, kv_dim(c)), *v = row(s->v, t, kv_dim(c));
-    add_bias(q, &w[BQ]), add_bias(k, &w[BK]), add_bias(v, &w[BV]);
-    for (int h = 0; h < c->n_heads + c->n_kv_heads; h++) {
-        bool key = h >= c->n_heads;
-        float *x = key ? row(k, h - c->n_heads, c->head_dim) : row(q, h, c->head_dim);
-        if (c->flags & HEAD_NORMS) rmsnorm(x, x, key ? &w[K_NORM] : &w[Q_NORM], c->norm_eps);
+    add_bias(x, &w[bias]);
+    for (int h = 0; h < heads; h++, x += c->head_dim) {
+        if (c->flags & HEAD_NORMS) rmsnorm(x, x, &w[norm], c->norm_eps);
         rotate(x, row(s->angles, t, c->head_dim), c);
     }
-    for (int i = 0; i < q_dim(c); i++) q[i] *= 1 / sqrtf((float)c->head_dim);
+}
+
+// Queries are turned, where there is one, and keys, which go to the cache with the values.
+static void place_row(State *s, int t) {
+    const Config *c = &s->model->config;
+    float *q = row(s->q, t, q_dim(c)), *k = row(s->k, t, kv_dim(c)), *v = row(s->v, t, kv_dim(c));
+    if (t >= s->from) {
+        turn_heads(s, t, q, c->n_heads, BQ, Q_NORM);
+        for (int i = 0; i < q_dim(c); i++) q[i] *= 1 / sqrtf((float)c->head_dim);
+    }
+    turn_heads(s, t, k, c->n_kv_heads, BK, K_NORM);
+    add_bias(v, &s->model->layers[s->l][BV]);
     const Step *step = &s->steps[t];
     for (int h = 0; h < c->n_kv_heads; h++, k += c->head_dim, v += c->head_dim)
         cache_position(&s->cache, step->slot, cache_head(s, h), step->pos, k, v);
@@ -2020,31 +2044,44 @@ static void normalize(State *s, const Tensor *weight) {
 static State rows_of(const State *s, int first, int end) {
     const Config *c = &s->model->config;
     State view = *s;
-    view.x = row(s->x, first, c->dim), view.branch = row(s->branch, first, c->dim);
-    view.q = row(s->q, first, q_dim(c)), view.steps = s->steps + first;
-    view.n = view.in.n = view.gated.n = end - first;
+    view.x = row(s->x, first, c->dim), view.q = row(s->q, first, q_dim(c));
+    view.steps = s->steps + first, view.n = view.in.n = view.gated.n = end - first;
     return view;
 }
 
-// n <= batch steps go through the layers into the cache; x + branch are then the hidden states of
-// those from `first` on. The last layer makes only keys and values of the others (prompts 4 %).
+// q of rows s->from to n, k and v of all. (Where all have a query, as one product.)
+static void project(State *s) {
+    const Tensor *w = s->model->layers[s->l];
+    normalize(s, &w[ATTENTION_NORM]);
+    if (s->from == 0) {
+        matmul(s->pool, &(Matmul){&w[WQ], {s->q, s->k, s->v}, &s->in, s->scratch, false});
+        return;
+    }
+    matmul(s->pool, &(Matmul){&w[WK], {s->k, s->v}, &s->in, s->scratch, false});
+    if (s->from == s->n) return;
+    State rows = rows_of(s, s->from, s->n);
+    normalize(&rows, &w[ATTENTION_NORM]);
+    matmul(s->pool, &(Matmul){&w[WQ], {rows.q}, &rows.in, s->scratch, false});
+}
+
+// n <= batch steps go through the layers into the cache; x are then the hidden states of those from
+// `first` on. The last layer makes only keys and values of the others (prompts 4 %).
 static void forward(State *s, const Step *steps, int n, int first) {
     assert(n >= 1 && n <= s->batch && first >= 0 && first <= n);
     s->steps = steps, s->n = s->in.n = n;
     each_row(s, enter_row);
     for (s->l = 0; s->l < s->model->config.n_layers; s->l++) {
         const Tensor *w = s->model->layers[s->l];
-        normalize(s, &w[ATTENTION_NORM]);
-        matmul(s->pool, &(Matmul){&w[WQ], {s->q, s->k, s->v}, &s->in, s->scratch});
+        s->from = s->l + 1 < s->model->config.n_layers ? 0 : first;
+        project(s);
         each_row(s, place_row);
-        int from = s->l + 1 < s->model->config.n_layers ? 0 : first;
-        if (from == n) break;
-        State rows = rows_of(s, from, n);
+        if (s->from == n) break;
+        State rows = rows_of(s, s->from, n);
         attend(&rows);
-        matmul(s->pool, &(Matmul){&w[WO], {rows.branch}, &rows.in, s->scratch});
+        matmul(s->pool, &(Matmul){&w[WO], {rows.x}, &rows.in, s->scratch, true});
         normalize(&rows, &w[FFN_NORM]);
         parallel(s->pool, unit_count(w[W1].rows), gate_units, &rows);
-        matmul(s->pool, &(Matmul){&w[W2], {rows.branch}, &rows.gated, s->scratch});
+        matmul(s->pool, &(Matmul){&w[W2], {rows.x}, &rows.gated, s->scratch, true});
     }
 }
 
@@ -2054,7 +2091,7 @@ static float *logits(const State *s, int first, int n) {
     assert(n >= 1 && n <= s->logit_rows);
     normalize(&rows, &s->model->layers[0][FINAL_NORM]);
     const Tensor *w = &s->model->layers[0][CLASSIFIER];
-    matmul(s->pool, &(Matmul){w, {s->logits}, &rows.in, s->scratch});
+    matmul(s->pool, &(Matmul){w, {s->logits}, &rows.in, s->scratch, false});
     return s->logits;
 }
 
