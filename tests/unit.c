@@ -637,7 +637,8 @@ static void check_product(const float *out, const Tensor *w, const Inputs *in, c
     free(row);
 }
 
-// A product is right, and the same bits for every number of tokens at once and of threads.
+// A product is right, the same bits for every number of tokens at once and of threads, and twice
+// itself where it is added to itself.
 static void check_matmul(Type type, int rows, int cols) {
     enum { TOKENS = MANY + 17 };
     static const int at_once[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 24,
@@ -646,23 +647,28 @@ static void check_matmul(Type type, int rows, int cols) {
     float *x = random_numbers((size_t)(TOKENS * cols), 99);
     Inputs in = new_inputs(type, x, TOKENS, cols), alone = new_inputs(type, x, 1, cols);
     float *one = NEW(float, TOKENS * rows), *many = NEW(float, TOKENS * rows);
+    float *twice = NEW(float, TOKENS * rows);
     Pool pools[COUNT(thread_counts)];
     Scratch *scratch = new_scratch(5, TOKENS, cols);
     for (int k = 0; k < COUNT(thread_counts); k++)
         start_pool(&pools[k], thread_counts[k]);
     for (int t = 0; t < TOKENS; t++) {
         prepare_rows(&alone, x + t * cols, 1);
-        matmul(&pools[0], &(Matmul){&w, {one + t * rows}, &alone, scratch});
+        matmul(&pools[0], &(Matmul){&w, {one + t * rows}, &alone, scratch, false});
     }
     check_product(one, &w, &in, x);
+    for (int i = 0; i < TOKENS * rows; i++)
+        twice[i] = one[i] + one[i];
     for (int k = 0; k < COUNT(at_once); k++) {
         int n = at_once[k];
         prepare_rows(&in, x, n);  // how they lie depends on how many there are
         memset(many, -1, (size_t)(TOKENS * rows) * sizeof *many);
-        matmul(&pools[k % COUNT(thread_counts)], &(Matmul){&w, {many}, &in, scratch});
+        matmul(&pools[k % COUNT(thread_counts)], &(Matmul){&w, {many}, &in, scratch, false});
         EXPECT_BITS(many, one, n * rows);
         for (int i = n * rows; i < TOKENS * rows; i++)
             EXPECT(isnan(many[i]));  // untouched
+        matmul(&pools[k % COUNT(thread_counts)], &(Matmul){&w, {many}, &in, scratch, true});
+        EXPECT_BITS(many, twice, n * rows);
     }
     for (int k = 0; k < COUNT(thread_counts); k++)
         stop_pool(&pools[k]);
@@ -673,6 +679,7 @@ static void check_matmul(Type type, int rows, int cols) {
     free(x);
     free(one);
     free(many);
+    free(twice);
 }
 
 static void check_matmul_of(Type type) {
@@ -701,7 +708,7 @@ static void products_are_the_same_wherever_scales_stand(void) {
         start_pool(&p, 1);
         for (int i = 0; i < 2; i++) {
             Tensor w = new_tensor((Tensor){type, HIGH, c, i, NULL}, x);
-            matmul(&p, &(Matmul){&w, {out[i]}, &in, scratch});
+            matmul(&p, &(Matmul){&w, {out[i]}, &in, scratch, false});
             free_tensor(&w);
         }
         stop_pool(&p);
@@ -721,12 +728,12 @@ static void three_products_in_one_job_are_three_products(void) {
     float *alone[3], *together[3];
     Pool p;
     start_pool(&p, 2);
-    Matmul all = {w, {NULL}, &in, scratch};
+    Matmul all = {w, {NULL}, &in, scratch, false};
     for (int i = 0; i < 3; i++) {
         w[i] = random_tensor(F32, rows[i], 50, (uint32_t)i);
         alone[i] = NEW(float, 3 * rows[i]), together[i] = NEW(float, 3 * rows[i]);
         all.out[i] = together[i];
-        matmul(&p, &(Matmul){&w[i], {alone[i]}, &in, scratch});
+        matmul(&p, &(Matmul){&w[i], {alone[i]}, &in, scratch, false});
     }
     matmul(&p, &all);
     stop_pool(&p);
@@ -762,7 +769,7 @@ static void products_of_any_bytes_do_not_saturate(void) {
         Pool p;
         start_pool(&p, 1);
         Scratch *scratch = new_scratch(1, 5, cols);
-        matmul(&p, &(Matmul){&w, {out}, &in, scratch});
+        matmul(&p, &(Matmul){&w, {out}, &in, scratch, false});
         stop_pool(&p);
         check_product(out, &w, &in, x);
         free_scratch(scratch, 1);
