@@ -1774,8 +1774,7 @@ typedef struct State {
     Cache cache;            // (slots, layers, kv_heads)
     Arena arena;
     const Step *steps;      // (n)  what goes through
-    int n, l, from;                 // l: the layer; from: its first row with a query
-    int run, parts, records;        // see attend
+    int n, l, run, parts, records;  // l: the layer; the others: see attend
     const Tensor *norm;     // weight of the next norm
     void (*work)(struct State *s, int t);  // of each_row
 } State;
@@ -1953,16 +1952,14 @@ static void turn_heads(const State *s, int t, float *x, int heads, SlotId bias, 
     }
 }
 
-// Queries are turned, where there is one, and keys, which go to the cache with the values.
+// Queries and keys are turned; keys and values go to the cache.
 static void place_row(State *s, int t) {
     const Config *c = &s->model->config;
     float *q = row(s->q, t, q_dim(c)), *k = row(s->k, t, kv_dim(c)), *v = row(s->v, t, kv_dim(c));
-    if (t >= s->from) {
-        turn_heads(s, t, q, c->n_heads, BQ, Q_NORM);
-        for (int i = 0; i < q_dim(c); i++) q[i] *= 1 / sqrtf((float)c->head_dim);
-    }
+    turn_heads(s, t, q, c->n_heads, BQ, Q_NORM);
     turn_heads(s, t, k, c->n_kv_heads, BK, K_NORM);
     add_bias(v, &s->model->layers[s->l][BV]);
+    for (int i = 0; i < q_dim(c); i++) q[i] *= 1 / sqrtf((float)c->head_dim);
     const Step *step = &s->steps[t];
     for (int h = 0; h < c->n_kv_heads; h++, k += c->head_dim, v += c->head_dim)
         cache_position(&s->cache, step->slot, cache_head(s, h), step->pos, k, v);
@@ -2049,21 +2046,6 @@ static State rows_of(const State *s, int first, int end) {
     return view;
 }
 
-// q of rows s->from to n, k and v of all. (Where all have a query, as one product.)
-static void project(State *s) {
-    const Tensor *w = s->model->layers[s->l];
-    normalize(s, &w[ATTENTION_NORM]);
-    if (s->from == 0) {
-        matmul(s->pool, &(Matmul){&w[WQ], {s->q, s->k, s->v}, &s->in, s->scratch, false});
-        return;
-    }
-    matmul(s->pool, &(Matmul){&w[WK], {s->k, s->v}, &s->in, s->scratch, false});
-    if (s->from == s->n) return;
-    State rows = rows_of(s, s->from, s->n);
-    normalize(&rows, &w[ATTENTION_NORM]);
-    matmul(s->pool, &(Matmul){&w[WQ], {rows.q}, &rows.in, s->scratch, false});
-}
-
 // n <= batch steps go through the layers into the cache; x are then the hidden states of those from
 // `first` on. The last layer makes only keys and values of the others (prompts 4 %).
 static void forward(State *s, const Step *steps, int n, int first) {
@@ -2072,11 +2054,12 @@ static void forward(State *s, const Step *steps, int n, int first) {
     each_row(s, enter_row);
     for (s->l = 0; s->l < s->model->config.n_layers; s->l++) {
         const Tensor *w = s->model->layers[s->l];
-        s->from = s->l + 1 < s->model->config.n_layers ? 0 : first;
-        project(s);
+        normalize(s, &w[ATTENTION_NORM]);
+        matmul(s->pool, &(Matmul){&w[WQ], {s->q, s->k, s->v}, &s->in, s->scratch, false});
         each_row(s, place_row);
-        if (s->from == n) break;
-        State rows = rows_of(s, s->from, n);
+        int from = s->l + 1 < s->model->config.n_layers ? 0 : first;
+        if (from == n) break;
+        State rows = rows_of(s, from, n);
         attend(&rows);
         matmul(s->pool, &(Matmul){&w[WO], {rows.x}, &rows.in, s->scratch, true});
         normalize(&rows, &w[FFN_NORM]);
