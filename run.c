@@ -1112,7 +1112,7 @@ INLINE void store_tile(const Slice *s, int panel, int gap, int t0, f32v (*sum)[Q
         else if (t0 + t < s->in->n) put(s, out + r, sum[p][t], most(0, s->w->rows - row - r));
     }
 }
-// Where a tile's sums will go is sent for, as what they are added to (prompts of q8, Zen 5: 3 %), but
+// Where a tile's sums will go is sent for, as what they are added to (prompts of q8, Zen 5: 3 %);
 // not by a tile that leads, which waits for weights (8 tokens of q4 would be 3 % slower).
 INLINE void send_for_out(const Slice *s, int panel, int t0, const int T, const int P) {
     const float *out = out_of(s, t0, panel * PANEL);
