@@ -754,6 +754,16 @@ INLINE f32v greater_of(f32v a, f32v b) { return choose(less(a, b), b, a); }
 INLINE f32v lesser_of(f32v a, f32v b) { return choose(less(b, a), b, a); }
 #endif
 
+// What pays in tiles of quantized weights, see add_whole. Of AVX-512 machines Zen 4 and 5 have BF16
+// but no FP16; they, and most with AVX2, add where they do not multiply.
+#if defined STEPS_AVX512 && defined __AVX512BF16__ && !defined __AVX512FP16__
+enum { TABLES = 1, AT_A_TIME = 2, ALL_LEAD = 3 };
+#elif defined STEPS_AVX2
+enum { TABLES = 1, AT_A_TIME = 1, ALL_LEAD = 3 };
+#else
+enum { TABLES = 0, AT_A_TIME = 1, ALL_LEAD = 1 };
+#endif
+
 #if defined STEPS_AVX512 || defined __AVXVNNI__
 enum { Q8_ZERO = 128, PAIRS = 0, Q_TOKENS = LANES == 16 ? 8 : 6 };
 INLINE IntPart dot4(IntPart sum, IntPart w, IntPart x) {
@@ -804,9 +814,9 @@ INLINE IntPart dot_pairs(IntPart pairs, IntPart w, IntPart x) { return dot4(pair
 
 // The eight steps of a group.
 #if defined X86 || defined STEPS_NEON
-#define EACH_LINE UNROLL for (int i = 0; i < 8; i++)
+#define EACH_STEP UNROLL for (int i = 0; i < 8; i += AT_A_TIME)
 #else
-#define EACH_LINE for (int i = 0; i < 8; i++)  // unrolled, gcc 12 takes 2 minutes (riscv64)
+#define EACH_STEP for (int i = 0; i < 8; i++)  // unrolled, gcc 12 takes 2 minutes (riscv64)
 #endif
 
 #if defined X86
@@ -820,6 +830,7 @@ INLINE f32v load_f16(const uint16_t *x) { MAP(f32v, wide_f16(x + k * LANES)); }
 INLINE void store_f16(uint16_t *x, f32v v) { EACH_PART narrow_f16(x + k * LANES, v.p[k]); }
 
 typedef float Four __attribute__((vector_size(16)));
+typedef uint32_t FourBits __attribute__((vector_size(16)));
 
 // The one order in which 16 lanes become one number: lanes 8 apart, then 4, 2 and 1 apart.
 INLINE float join(f32v v) {
@@ -960,6 +971,15 @@ enum { STREAMS = 2 * Q_PANELS };  // AVX2 by four: Zen 3 no better, Zen 5 6 to 1
 enum { MANY = LANES == 16 ? 48 : 16 };  // a Xeon gains from 45 tokens on, Zen 3 from 13
 enum { AHEAD = 2560, NEAR = PAIRS ? 1024 : 1536, HELD = 64 << 20 };
 
+// The scale of a group of activations is 2^e m, m of 8/16 to 15/16: so short that products by it
+// are exact or stand in a table, see add_sum. (Scales of 24 bits: KL divergence of q8 0.000310 nats
+// instead of 0.000328, prompts on Zen 5 5 % slower.)
+typedef struct {
+    int32_t start;  // of an integer sum: the bits of `zero` less the sum of the group's zero points
+    float zero;     // 2^e ROUNDER
+    float m, less;  // -zero * m
+} Scale;
+
 // What goes into a product, n rows of cols numbers: for float weights vectors, the last padded with
 // zeros, for quantized ones groups of 32, whole numbers of -127 to 127 times a scale.
 typedef struct {
@@ -967,8 +987,7 @@ typedef struct {
     bool held;       // the model is no larger than HELD, which a cache may have
     float *vector;   // (n, vectors of a row, WIDTH), of MANY rows turned: see input_lane
     int8_t *q;       // (n / tile, groups of a row, tile, GROUP), tile: q_tokens(n)
-    float *scale;    // (n / tile, groups of a row, tile)
-    int32_t *start;  // likewise: where a group's sum starts, see add_whole
+    Scale *scale;    // (n / tile, groups of a row, tile)
 } Inputs;
 // How far ahead T tokens send for weights: NEAR if no cache holds the model (Zen 3: q8 7 %, f32 5 %
 // faster; held ones of q8 20 % slower), without PAIRS only for float weights (Zen 5: those 3 to 8 %
@@ -1001,26 +1020,32 @@ static size_t strip_lane(int cols) { return (vector_count(cols) + 1) * STRIP; }
 // that a row's end cuts short.
 typedef struct { int n; size_t at[4]; const float *x[4]; float some[4][GROUP]; } Groups;
 
-// Each four become whole numbers, the largest of which is 127, times a scale. (One by one, Zen 3:
-// 60 ns a group instead of 10, prompts of q8 4 and of q4 7 % slower.)
+// Each four become whole numbers, none larger than 127, times the least scale that allows it. Those
+// too large for any (3e33) or not finite make zero infinite or NaN, and so their products. (One by
+// one, Zen 3: 60 ns a group instead of 10, prompts of q8 4 and of q4 7 % slower.)
 static void quantize_groups(const Inputs *in, const Groups *g) {
-    const int zero = in->type == Q8 ? Q8_ZERO : Q4_ZERO;
+    const int zero_point = in->type == Q8 ? Q8_ZERO : Q4_ZERO;
     const f32v rounder = spread(ROUNDER);
     f32v v[4];
     UNROLL for (int i = 0; i < 4; i++)
         v[i] = greater_of(magnitude(load_f32(g->x[i])), magnitude(load_f32(g->x[i] + WIDTH)));
-    const Four peak = greatest4(v), scale = peak / 127.0f, inverse = 127.0f / peak;
+    const Four exact = greatest4(v) / 127.0f + 0x1p-126f;
+    const FourBits scale = ((FourBits)exact + 0xfffffu) & ~0xfffffu;  // rounded up
+    const Four inverse = 1.0f / (Four)scale, m = (Four)((scale & 0x7fffffu) | 0x3f000000u);
     UNROLL for (int i = 0; i < 4; i++) {
-        f32v by = spread(peak[i] > 0 ? inverse[i] : 0);
+        f32v by = spread(inverse[i]);
         f32v a = add(mul(load_f32(g->x[i]), by), rounder);
         f32v b = add(mul(load_f32(g->x[i] + WIDTH), by), rounder);
         store_bytes(in->q + g->at[i] * GROUP, as_int(a), as_int(b));
-        in->scale[g->at[i]] = scale[i];
         v[i] = add(sub(a, rounder), sub(b, rounder));
     }
     const Four sum = join4(v);  // exact, or NaN
-    UNROLL for (int i = 0; i < 4; i++)
-        in->start[g->at[i]] = ROUNDER_BITS - zero * (sum[i] == sum[i] ? (int)sum[i] : 0);
+    const Four zero = (Four)(scale & 0x7f800000u) * (2 * ROUNDER) + sum * 0.0f;
+    UNROLL for (int i = 0; i < 4; i++) {
+        const int points = zero_point * (sum[i] == sum[i] ? (int)sum[i] : 0);
+        const uint32_t start = bits_of_float(zero[i]) - (uint32_t)points;
+        in->scale[g->at[i]] = (Scale){(int32_t)start, zero[i], m[i], -zero[i] * m[i]};
+    }
 }
 INLINE void add_group(const Inputs *in, Groups *g, size_t at, const float *x, int there) {
     float *some = g->some[g->n];
@@ -1067,7 +1092,7 @@ static void prepare_row(const Inputs *in, int t, const float *x) {
 // tiles of quantized weights keep, by groups.
 typedef struct {
     float *turned; f32v (*sums)[STRIP / WIDTH];
-    f32v (*kept)[Q_PANELS]; i32v (*line)[Q_PANELS][8];
+    f32v (*table)[Q_PANELS][8]; i32v (*line)[Q_PANELS][8];
     float *gate, *found;  // (2, n, slice's rows) of gate_units, (A_QUERIES, MIX + head_pad) of look
 } Scratch;
 
@@ -1098,6 +1123,7 @@ INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
 INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
     MAP(i32v, pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k]) : dot4(sum.p[k], w.p[k], x.p[k]));
 }
+INLINE i32v joined(i32v sum, i32v pairs) { MAP(i32v, add_pairs(sum.p[k], pairs.p[k])); }
 
 // A tile's sums go out, of one that is not whole only those of tokens and rows that there are.
 // (Asked for each vector, prompts of q8 on Zen 5 are 1 to 2 % slower by 2,048 columns, 8 by 256.)
@@ -1127,7 +1153,7 @@ INLINE void send_for_out(const Slice *s, int panel, int t0, const int T, const i
 // panel, the lines to send for, and its inputs.
 typedef struct {
     const uint8_t *lines, *scales, *soon; size_t step;
-    const int8_t *q; const float *scale; const int32_t *start;
+    const int8_t *q; const Scale *scale;
 } Place;
 // Where it begins, `ahead` bytes behind what it sends for.
 INLINE Place place_of(const Slice *s, int panel, size_t step, size_t ahead, int t0, const int T) {
@@ -1136,61 +1162,78 @@ INLINE Place place_of(const Slice *s, int panel, size_t step, size_t ahead, int 
     const uint8_t *data = w->data + (size_t)panel * panel_bytes(w->type, w->cols);
     const uint8_t *lines = data + lines_at(w, 0);
     return (Place){lines, data + scales_at(w, 0), lines + ahead, step,
-                   s->in->q + first * GROUP, s->in->scale + first, s->in->start + first};
+                   s->in->q + first * GROUP, s->in->scale + first};
 }
 // n groups on, which are so many bytes of lines and of scales.
 INLINE Place onward(Place at, size_t lines, size_t scales, int n, const int T) {
     n *= q_tokens(T), at.lines += lines, at.soon += lines, at.scales += scales;
-    at.q += n * GROUP, at.scale += n, at.start += n;
+    at.q += n * GROUP, at.scale += n;
     return at;
 }
 
-// What group g adds to the sums of a tile.
+// sum + s * 2^e m * whole, where x is the scale 2^e m. An integer sum starts so that, read as a
+// float, it is 2^e (ROUNDER + whole): no conversion. m times that, less m 2^e ROUNDER, fused, is
+// exact, as 20 bits of a sum and 4 of m fit a float. So are the products of s by each m: if *s is a
+// table of them, one subtraction remains. Either way the sum is rounded once, to the same bits.
+INLINE f32v add_sum(f32v sum, i32v whole, const Scale *x, const f32v *s, const bool table) {
+    const f32v v = as_float(whole);
+    if (table) return fma16(sub(v, spread(x->zero)), s[bits_of_float(x->m) >> 20 & 7], sum);
+    return fma16(fma16(v, spread(x->m), spread(x->less)), *s, sum);
+}
+
+// The lines of steps i and following of a group, for P panels. A tile that leads sends for weights,
+// each line for the one ahead of it (q4: 1.3 times faster; 2 to 8 tokens: q8 1.1 to 1.3, q4 1.2 to
+// 1.5), in few instructions; not by prefetchnta, which makes a Xeon decode 3 times slower. It keeps
+// for those that follow, if kept is not NULL, what they take from there.
+INLINE void take_lines(i32v (*line)[STREAMS], const Place *at, int i, Type type, i32v (*kept)[8],
+                       const bool leads, const int P) {
+    UNROLL for (int h = 0; h < AT_A_TIME; h++) UNROLL for (int p = 0; p < P; p++) {
+        const size_t panel = (size_t)p * at->step, byte = (size_t)(i + h) * group_bytes(type) / 8;
+        line[h][p] = kept && !leads ? kept[p][i + h]
+                                    : weights_of_line(type, at->lines + panel, i + h);
+        if (kept && leads) kept[p][i + h] = line[h][p];
+        if (leads && byte % LINE == 0) __builtin_prefetch(at->soon + panel + byte);
+    }
+}
+
+// What group g adds to the sums of a tile, in eight steps of 4 columns.
 //
-// A group's integer sum starts at ROUNDER_BITS less the zero point times the sum of its
-// activations. Read as a float the result is ROUNDER + sum, and s * (ROUNDER + sum) - s * ROUNDER,
-// fused, is the s * sum rounded once that a conversion and a product would give: 1 instruction for
-// 2 (6 % faster). The first of the widest tiles keeps s * -ROUNDER for the others (2 %) and, where
-// a line is one register, the weights of q4 (a Xeon: 8 to 12 %).
-//
-// The first tile of a panel leads: it sends for weights, each line for the one ahead of it (q4: 1.3
-// times faster; 2 to 8 tokens: q8 1.1 to 1.3, q4 1.2 to 1.5), in few instructions. Not by
-// prefetchnta, which makes a Xeon decode 3 times slower. Which tile it is must be known when this
-// is compiled: branches in its loop make a Xeon's prompts 10 % slower.
+// The first tile of a panel leads. If many follow, it keeps for them, where a line is one register,
+// the weights of q4 (a Xeon: 8 to 12 %), and where machines add beside their products, tables for
+// add_sum (Zen 5: 3 to 5 %; for one or two tiles q8 would be 5 % slower). Which tile it is must be
+// known when this is compiled: branches in its loop make a Xeon's prompts 10 % slower. The last
+// AT_A_TIME steps are done token by token, so that sums end among products of others (two steps,
+// Zen 5: 2 % faster, a Xeon 3 % slower).
 INLINE void add_whole(f32v (*sum)[Q_TOKENS], const Slice *slice, Place at, int g, Type type,
                       const bool leads, const int T, const int P) {
-    const bool pairs = PAIRS && type == Q4;
-    const bool keeps = type == Q4 && PARTS == 1 && T == Q_TOKENS && slice->in->n > T;
-    const size_t size = group_bytes(type);
-    i32v whole[STREAMS][Q_TOKENS], line[STREAMS];
-    UNROLL for (int t = 0; t < T; t++) UNROLL for (int p = 0; p < P; p++)
-        whole[p][t] = spread_int(pairs ? 0 : at.start[t]);
-    EACH_LINE {
-        UNROLL for (int p = 0; p < P; p++) {
-            const bool kept = keeps && !leads, ask = leads && i * size % (8 * LINE) == 0;
-            const uint8_t *lines = at.lines + (size_t)p * at.step;
-            line[p] = kept ? slice->own->line[g][p][i] : weights_of_line(type, lines, i);
-            if (keeps && leads) slice->own->line[g][p][i] = line[p];
-            if (ask) __builtin_prefetch(at.soon + (size_t)p * at.step + i * size / 8);
-        }
+    enum { H = AT_A_TIME };
+    const bool pairs = PAIRS && type == Q4, follows = T == Q_TOKENS && !leads;
+    const bool keeps = T == Q_TOKENS && leads && slice->in->n > ALL_LEAD * T;
+    const bool known = TABLES && follows;
+    const bool lines = type == Q4 && PARTS == 1 && (follows || keeps);
+    f32v (*table)[8] = slice->own->table[g], s[STREAMS];
+    i32v whole[STREAMS][Q_TOKENS], line[H][STREAMS], x[H];
+    UNROLL for (int p = 0; p < P; p++) {
+        s[p] = load_f16((const void *)(at.scales + (size_t)p * at.step));
+        if (TABLES && keeps)
+            UNROLL for (int k = 0; k < 8; k++) table[p][k] = mul(s[p], spread((float)(k + 8) / 16));
+        UNROLL for (int t = 0; t < T; t++)
+            whole[p][t] = spread_int(pairs ? 0 : at.scale[t].start);
+    }
+    EACH_STEP {
+        take_lines(line, &at, i, type, lines ? slice->own->line[g] : NULL, leads, P);
         UNROLL for (int t = 0; t < T; t++) {
-            i32v x = spread_int((int32_t)read_u32(at.q + (size_t)t * GROUP + 4 * i));
-            UNROLL for (int p = 0; p < P; p++) whole[p][t] = dot(whole[p][t], line[p], x, pairs);
+            UNROLL for (int h = 0; h < H; h++)
+                x[h] = spread_int((int32_t)read_u32(at.q + (size_t)t * GROUP + 4 * (i + h)));
+            UNROLL for (int p = 0; p < P; p++) UNROLL for (int h = 0; h < H; h++)
+                whole[p][t] = dot(whole[p][t], line[h][p], x[h], pairs);
+            if (i + H == 8) UNROLL for (int p = 0; p < P; p++) {
+                i32v w = pairs ? joined(spread_int(at.scale[t].start), whole[p][t]) : whole[p][t];
+                sum[p][t] = add_sum(sum[p][t], w, at.scale + t, known ? table[p] : s + p, known);
+            }
         }
         if (T < Q_TOKENS)
             UNROLL for (int p = 0; p < P; p++) in_turn(&at.soon, &whole[p][0].p[0]);
-    }
-    UNROLL for (int p = 0; p < P; p++) {
-        const void *half = at.scales + (size_t)p * at.step;
-        f32v s = load_f16(half), less = mul(s, spread(-ROUNDER));
-        if (T == Q_TOKENS && !leads) less = slice->own->kept[g][p];
-        else if (T == Q_TOKENS) slice->own->kept[g][p] = less;
-        UNROLL for (int t = 0; t < T; t++) {
-            i32v begin = spread_int(at.start[t]);
-            EACH_PART if (pairs) whole[p][t].p[k] = add_pairs(begin.p[k], whole[p][t].p[k]);
-            sum[p][t] = fma16(fma16(as_float(whole[p][t]), s, less), spread(at.scale[t]),
-                              sum[p][t]);
-        }
     }
 }
 INLINE void send_for_line(const uint8_t *at, size_t step, const int P) {
@@ -1265,13 +1308,14 @@ INLINE void q_slice(const Slice *s, Type type) {
     enum { P = Q_PANELS, Q = Q_TOKENS, FEW = Q > 4 ? 4 : Q > 2 ? 2 : 0, PAIR = STREAMS == 2 };
     const int n = s->in->n, first = s->first / PANEL, end = (s->end - 1) / PANEL + 1;
     const int gap = n == 1 ? (end - first + PAIR) / STREAMS : 0;  // odd only where w ends
+    const int lead = n > ALL_LEAD * Q ? Q : n;
     int p = first;
     for (; p < first + gap; p++) q_streams(s, p, gap, type, STREAMS);
     p = first + STREAMS * gap;
     for (; !PAIR && n == 1 && p < end; p += UNIT_PANELS) q_streams(s, p, 1, type, UNIT_PANELS);
     for (; p < end; p += P) {
         int t = 0;
-        if (n > FEW) q_tile(s, p, 0, type, true, Q, P), t = Q;
+        for (; n - t > FEW && t < lead; t += Q) q_tile(s, p, t, type, true, Q, P);
         for (; n - t > FEW; t += Q) q_tile(s, p, t, type, false, Q, P);
         if (FEW > 2 && n - t > 2) q_tile(s, p, t, type, true, 4, P), t += 4;
         if (FEW > 0 && n > t) q_tile(s, p, t, type, true, 2, P);
@@ -1785,7 +1829,7 @@ static Inputs deal_inputs(Arena *a, Type type, int n, int cols, size_t model_byt
     const size_t q = is_quantized(type) ? round_up((size_t)n, Q_TOKENS) * group_count(cols) : 0;
     const size_t f = is_quantized(type) ? 0 : input_lane(cols, n);
     return (Inputs){type, cols, n, model_bytes <= HELD, DEAL(a, float, f * WIDTH),
-                    DEAL(a, int8_t, q * GROUP), DEAL(a, float, q), DEAL(a, int32_t, q)};
+                    DEAL(a, int8_t, q * GROUP), DEAL(a, Scale, q)};
 }
 static Scratch deal_scratch(Arena *a, const Config *c, int n, size_t answer) {
     const size_t q = is_quantized(c->type), f = !q;
@@ -1793,7 +1837,8 @@ static Scratch deal_scratch(Arena *a, const Config *c, int n, size_t answer) {
     const size_t gate = GROUP * (size_t)most(n, (int)group_count(c->hidden_dim));
     return (Scratch){DEAL(a, float, f * WIDTH * strip_lane(widest(c))),
                      deal(a, f * 4 * strip_tokens(n), STRIP * sizeof(float)),
-                     deal(a, groups, one), deal(a, c->type == Q4 ? groups : 0, 8 * one),
+                     deal(a, TABLES * groups, 8 * one),
+                     deal(a, c->type == Q4 ? groups : 0, 8 * one),
                      DEAL(a, float, 2 * gate), DEAL(a, float, A_QUERIES * answer)};
 }
 

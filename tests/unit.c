@@ -549,7 +549,7 @@ static void prepare_rows(Inputs *in, const float *x, int n) {
 static Inputs new_inputs(Type type, const float *x, int n, int cols) {
     size_t groups = round_up((size_t)n, (size_t)q_tokens(n)) * group_count(cols);
     Inputs in = {type, cols, n, n % 2 == 0, NEW(float, input_lane(cols, n) * WIDTH),
-                 NEW(int8_t, groups * GROUP), NEW(float, groups), NEW(int32_t, groups)};
+                 NEW(int8_t, groups * GROUP), NEW(Scale, groups)};
     prepare_rows(&in, x, n);
     return in;
 }
@@ -558,11 +558,15 @@ static void free_inputs(Inputs *in) {
     free(in->vector);
     free(in->q);
     free(in->scale);
-    free(in->start);
+}
+
+// What a Scale stands for.
+static double scale_value(const Scale *x) {
+    return (double)x->zero / (double)ROUNDER * (double)x->m;
 }
 
 // 1 to 4 rows of 5 groups at once: of the last four groups 1, 2, 3 and all are there. One is zeros.
-static void activations_become_whole_numbers_of_127ths(void) {
+static void activations_become_whole_numbers_no_larger_than_127(void) {
     enum { TOKENS = 11, COLS = 4 * GROUP + 3, GROUPS = 5 };
     float x[TOKENS][GROUPS * GROUP] = {0}, packed[TOKENS][COLS];
     uint32_t seed = 1;
@@ -583,14 +587,20 @@ static void activations_become_whole_numbers_of_127ths(void) {
             float peak = 0;
             for (int i = 0; i < GROUP; i++)
                 peak = fmaxf(peak, fabsf(group[i]));
-            EXPECT_NEAR(in.scale[at], peak / 127, peak * 1e-7f);
+            const Scale *made = in.scale + at;
+            double scale = scale_value(made);
+            EXPECT(scale >= (double)peak / 127 * (1 - 1e-7));  // the least of 4 bits that is enough
+            EXPECT(peak == 0 || scale < (double)peak / 127 * (1 + 1e-7) + scale / 8);
+            EXPECT_INT(bits_of_float((float)scale) & 0xfffff, 0);
+            EXPECT(made->m >= 0.5f && made->m < 1);
+            EXPECT(made->less == -made->zero * made->m);
             for (int i = 0; i < GROUP; i++) {
                 int q = in.q[at * GROUP + (size_t)i];
                 sum += q;
                 EXPECT(q >= -127);
-                EXPECT_NEAR((float)q * in.scale[at], group[i], 0.50001f * in.scale[at]);
+                EXPECT_NEAR((float)q * (float)scale, group[i], 0.50001f * (float)scale);
             }
-            EXPECT_INT(in.start[at], ROUNDER_BITS - Q8_ZERO * sum);
+            EXPECT_INT(made->start, (int32_t)bits_of_float(made->zero) - Q8_ZERO * sum);
         }
     free_inputs(&in);
 }
@@ -600,7 +610,7 @@ static Scratch *new_scratch(int threads, int tokens, int cols) {
     for (int i = 0; i < threads; i++) {
         s[i].turned = aligned_alloc(64, WIDTH * strip_lane(cols) * sizeof *s->turned);
         s[i].sums = aligned_alloc(64, 4 * strip_tokens(tokens) * sizeof *s->sums);
-        s[i].kept = aligned_alloc(64, group_count(cols) * sizeof *s->kept);
+        s[i].table = aligned_alloc(64, group_count(cols) * sizeof *s->table);
         s[i].line = aligned_alloc(64, group_count(cols) * sizeof *s->line);
     }
     return s;
@@ -608,7 +618,7 @@ static Scratch *new_scratch(int threads, int tokens, int cols) {
 
 static void free_scratch(Scratch *s, int threads) {
     for (int i = 0; i < threads; i++)
-        free(s[i].turned), free(s[i].sums), free(s[i].kept), free(s[i].line);
+        free(s[i].turned), free(s[i].sums), free(s[i].table), free(s[i].line);
     free(s);
 }
 
@@ -617,7 +627,7 @@ static double input_value(const Inputs *in, const float *x, int t, int i) {
     if (!is_quantized(in->type))
         return (double)x[t * in->cols + i];
     size_t g = tiled(group_count(in->cols), q_tokens(in->n), t, (size_t)(i / GROUP));
-    return (double)in->q[g * GROUP + (size_t)(i % GROUP)] * (double)in->scale[g];
+    return (double)in->q[g * GROUP + (size_t)(i % GROUP)] * scale_value(in->scale + g);
 }
 
 // Every number of a product within 2e-6 of the sum of its terms' sizes.
@@ -680,6 +690,38 @@ static void check_matmul(Type type, int rows, int cols) {
     free(one);
     free(many);
     free(twice);
+}
+
+// Of n tokens at once the last has a number too large for any scale, or no number at all.
+static void check_bad_number(Type type, int n, float bad) {
+    enum { ROWS_OF_W = 33, COLS = 3 * GROUP };
+    Tensor w = random_tensor(type, ROWS_OF_W, COLS, 7);
+    float *x = random_numbers((size_t)n * COLS, 5), *out = NEW(float, n * ROWS_OF_W);
+    Pool pool;
+    Scratch *scratch = new_scratch(1, n, COLS);
+    x[(n - 1) * COLS + GROUP + 3] = bad;
+    Inputs in = new_inputs(type, x, n, COLS);
+    start_pool(&pool, 1);
+    matmul(&pool, &(Matmul){&w, {out}, &in, scratch, false});
+    for (int i = 0; i < n * ROWS_OF_W; i++)
+        EXPECT(isfinite(out[i]) == (i / ROWS_OF_W < n - 1 || fabsf(bad) < 2e33f));
+    if (fabsf(bad) < 2e33f)
+        check_product(out, &w, &in, x);
+    stop_pool(&pool);
+    free_scratch(scratch, 1);
+    free_tensor(&w);
+    free_inputs(&in);
+    free(x);
+    free(out);
+}
+
+static void numbers_too_large_for_whole_numbers_leave_no_finite_product(void) {
+    static const int at_once[] = {1, 2, 8, 13, 40};
+    const float bad[] = {1e34f, 3.4e38f, INFINITY, -INFINITY, NAN, float_of_bits(0x7fffffff), 1e33f};
+    for (int type = Q8; type <= Q4; type++)
+        for (int i = 0; i < COUNT(at_once); i++)
+            for (int j = 0; j < COUNT(bad); j++)
+                check_bad_number((Type)type, at_once[i], bad[j]);
 }
 
 static void check_matmul_of(Type type) {
@@ -1772,7 +1814,7 @@ static const Test tests[] = {
     TEST(the_greatest_lane_is_found_wherever_it_is),
     TEST(dot4_is_the_product_of_four_bytes),
     TEST(part_of_a_vector_is_loaded_and_stored),
-    TEST(activations_become_whole_numbers_of_127ths),
+    TEST(activations_become_whole_numbers_no_larger_than_127),
     TEST(quantized_weights_come_back_within_half_a_step),
     TEST(q4_is_never_worse_than_max_over_7_and_on_the_whole_better),
     TEST(the_error_that_packing_reports_is_the_error_it_made),
@@ -1781,6 +1823,7 @@ static const Test tests[] = {
     TEST(products_of_f16_are_right_and_always_the_same),
     TEST(products_of_q8_are_right_and_always_the_same),
     TEST(products_of_q4_are_right_and_always_the_same),
+    TEST(numbers_too_large_for_whole_numbers_leave_no_finite_product),
     TEST(products_are_the_same_wherever_scales_stand),
     TEST(three_products_in_one_job_are_three_products),
     TEST(products_of_any_bytes_do_not_saturate),
