@@ -912,7 +912,6 @@ INLINE void store_bytes(int8_t *out, i32v a, i32v b) {
 
 // Added to a float below 2^22 it rounds that to a whole number, ties to even, in the low bits.
 static const float ROUNDER = 0x1.8p23f;
-enum { ROUNDER_BITS = 0x4b400000 };
 
 // e^x to within 1 unit in the last place or so: x = n ln 2 + r, e^r by its series (|r| < 0.35, the
 // term r^8/8! is below 6e-9), 2^n into the exponent. Below -87 it gives 0, above 88 e^88.
@@ -928,7 +927,7 @@ INLINE f32v exponential(f32v x) {
     f32v e = spread(1 / 5040.f);
     UNROLL for (int i = 0; i < COUNT(series); i++) e = fma16(e, r, spread(series[i]));
     i32v bits = as_int(e), power = as_int(shifted);
-    EACH_PART bits.p[k] += (IntPart)((BitPart)power.p[k] << 23);
+    EACH_PART bits.p[k] = (IntPart)((BitPart)bits.p[k] + ((BitPart)power.p[k] << 23));
     return choose(too_low, spread(0), as_float(bits));
 }
 
@@ -1123,7 +1122,7 @@ INLINE i32v weights_of_line(Type type, const uint8_t *lines, int i) {
 INLINE i32v dot(i32v sum, i32v w, i32v x, bool pairs) {
     MAP(i32v, pairs ? dot_pairs(sum.p[k], w.p[k], x.p[k]) : dot4(sum.p[k], w.p[k], x.p[k]));
 }
-INLINE i32v joined(i32v sum, i32v pairs) { MAP(i32v, add_pairs(sum.p[k], pairs.p[k])); }
+INLINE i32v from_pairs(i32v sum, i32v pairs) { MAP(i32v, add_pairs(sum.p[k], pairs.p[k])); }
 
 // A tile's sums go out, of one that is not whole only those of tokens and rows that there are.
 // (Asked for each vector, prompts of q8 on Zen 5 are 1 to 2 % slower by 2,048 columns, 8 by 256.)
@@ -1211,8 +1210,8 @@ INLINE void add_whole(f32v (*sum)[Q_TOKENS], const Slice *slice, Place at, int g
     const bool keeps = T == Q_TOKENS && leads && slice->in->n > ALL_LEAD * T;
     const bool known = TABLES && follows;
     const bool lines = type == Q4 && PARTS == 1 && (follows || keeps);
-    f32v (*table)[8] = slice->own->table[g], s[STREAMS];
-    i32v whole[STREAMS][Q_TOKENS], line[H][STREAMS], x[H];
+    f32v (*table)[8] = TABLES ? slice->own->table[g] : NULL, s[STREAMS];
+    i32v whole[STREAMS][Q_TOKENS], line[H][STREAMS], q[H];
     UNROLL for (int p = 0; p < P; p++) {
         s[p] = load_f16((const void *)(at.scales + (size_t)p * at.step));
         if (TABLES && keeps)
@@ -1224,12 +1223,13 @@ INLINE void add_whole(f32v (*sum)[Q_TOKENS], const Slice *slice, Place at, int g
         take_lines(line, &at, i, type, lines ? slice->own->line[g] : NULL, leads, P);
         UNROLL for (int t = 0; t < T; t++) {
             UNROLL for (int h = 0; h < H; h++)
-                x[h] = spread_int((int32_t)read_u32(at.q + (size_t)t * GROUP + 4 * (i + h)));
+                q[h] = spread_int((int32_t)read_u32(at.q + (size_t)t * GROUP + 4 * (i + h)));
             UNROLL for (int p = 0; p < P; p++) UNROLL for (int h = 0; h < H; h++)
-                whole[p][t] = dot(whole[p][t], line[h][p], x[h], pairs);
+                whole[p][t] = dot(whole[p][t], line[h][p], q[h], pairs);
             if (i + H == 8) UNROLL for (int p = 0; p < P; p++) {
-                i32v w = pairs ? joined(spread_int(at.scale[t].start), whole[p][t]) : whole[p][t];
-                sum[p][t] = add_sum(sum[p][t], w, at.scale + t, known ? table[p] : s + p, known);
+                const Scale *x = at.scale + t;
+                i32v w = pairs ? from_pairs(spread_int(x->start), whole[p][t]) : whole[p][t];
+                sum[p][t] = add_sum(sum[p][t], w, x, known ? table[p] : s + p, known);
             }
         }
         if (T < Q_TOKENS)
