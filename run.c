@@ -1020,8 +1020,8 @@ static size_t strip_lane(int cols) { return (vector_count(cols) + 1) * STRIP; }
 typedef struct { int n; size_t at[4]; const float *x[4]; float some[4][GROUP]; } Groups;
 
 // Each four become whole numbers, none larger than 127, times the least scale that allows it. Those
-// too large for any (2.4e33) or not finite make zero infinite or NaN, and so their products. (One by
-// one, Zen 3: 60 ns a group instead of 10, prompts of q8 4 and of q4 7 % slower.)
+// too large for any (2.4e33) or not finite make zero infinite or NaN, and so their products. (One
+// by one, Zen 3: 60 ns a group instead of 10, prompts of q8 4 and of q4 7 % slower.)
 static void quantize_groups(const Inputs *in, const Groups *g) {
     const int zero_point = in->type == Q8 ? Q8_ZERO : Q4_ZERO;
     const f32v rounder = spread(ROUNDER);
@@ -1199,9 +1199,9 @@ INLINE void take_lines(i32v (*line)[STREAMS], const Place *at, int i, Type type,
 //
 // The first tile of a panel leads; up to ALL_LEAD all do. For those that follow it keeps, where a
 // line is one register, the weights of q4 (a Xeon: 8 to 12 %), and where machines add beside their
-// products, tables for add_sum (Zen 5: 3 to 5 %; for one or two tiles q8 would be 5 % slower). Which
-// tile it is must be known when this is compiled: branches in its loop make a Xeon's prompts 10 %
-// slower. A token takes AT_A_TIME steps before the next, so that sums end among products of others
+// products, tables for add_sum (Zen 5: 3 to 5 %; for one or two tiles q8 would be 5 % slower).
+// Which tile it is must be known when this is compiled: branches in its loop make a Xeon's prompts
+// 10 % slower. A token takes AT_A_TIME steps before the next, so that sums end among products of others
 // (two steps, Zen 5: 2 % faster, a Xeon 3 % slower).
 INLINE void add_whole(f32v (*sum)[Q_TOKENS], const Slice *slice, Place at, int g, Type type,
                       const bool leads, const int T, const int P) {
