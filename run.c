@@ -1201,8 +1201,8 @@ INLINE void take_lines(i32v (*line)[STREAMS], const Place *at, int i, Type type,
 // line is one register, the weights of q4 (a Xeon: 8 to 12 %), and where machines add beside their
 // products, tables for add_sum (Zen 5: 3 to 5 %; for one or two tiles q8 would be 5 % slower).
 // Which tile it is must be known when this is compiled: branches in its loop make a Xeon's prompts
-// 10 % slower. A token takes AT_A_TIME steps before the next, so that sums end among products of others
-// (two steps, Zen 5: 2 % faster, a Xeon 3 % slower).
+// 10 % slower. A token takes AT_A_TIME steps before the next, so that sums end among products of
+// others (two steps, Zen 5: 2 % faster, a Xeon 3 % slower).
 INLINE void add_whole(f32v (*sum)[Q_TOKENS], const Slice *slice, Place at, int g, Type type,
                       const bool leads, const int T, const int P) {
     enum { H = AT_A_TIME };
