@@ -1254,9 +1254,9 @@ static Stride stride_of(const Tensor *w) {
 // One token: panels `gap` apart (where that is past the last, the same again). Each is followed by
 // its stream's next, so that a stream is read from its first byte to its last. Two groups at a
 // time, so that each instruction that reads goes on by the same number of bytes (Zen 5: q8 3 %).
-// Every instruction costs reach: those that wait for memory fill the reorder buffer. (A thread of
-// Zen 5, share of bandwidth: lines only XORed, in this order, without prefetching 100 %, with one
-// more addition a line 95 %, with two 84 %; this, 3.6 instructions a line, 95 %.)
+// What remains is reach, as all that waits for memory fills the core's queues. (A thread of Zen 5,
+// share of what memory gives: these lines only XORed, not sent for 100 %, with one or two additions
+// a line 95 or 84; sent for, XORed 97 %, this 95.)
 INLINE void q_streams(const Slice *slice, int panel, int gap, Type type, const int P) {
     const Tensor w = typed(slice->w, type);
     const int groups = (int)group_count(w.cols), last = (int)panel_count(w.rows) - 1;
