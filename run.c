@@ -755,7 +755,7 @@ INLINE f32v lesser_of(f32v a, f32v b) { return choose(less(b, a), b, a); }
 #endif
 
 // What pays in tiles of quantized weights, see add_whole. Of AVX-512 machines Zen 4 and 5 have BF16
-// but no FP16; they, and most with AVX2, add where they do not multiply.
+// but no FP16; they, the Zens before them and Intel's with AVX-VNNI add where they do not multiply.
 #if defined STEPS_AVX512 && defined __AVX512BF16__ && !defined __AVX512FP16__
 enum { TABLES = 1, AT_A_TIME = 2, ALL_LEAD = 3 };
 #elif defined STEPS_AVX2
@@ -1254,9 +1254,9 @@ static Stride stride_of(const Tensor *w) {
 // One token: panels `gap` apart (where that is past the last, the same again). Each is followed by
 // its stream's next, so that a stream is read from its first byte to its last. Two groups at a
 // time, so that each instruction that reads goes on by the same number of bytes (Zen 5: q8 3 %).
-// What remains is reach, as all that waits for memory fills the core's queues. (A thread of Zen 5,
-// share of what memory gives: these lines only XORed, not sent for 100 %, with one or two additions
-// a line 95 or 84; sent for, XORed 97 %, this 95.)
+// What bounds it is how far ahead a core reaches, as instructions that wait for memory fill its
+// queues. (A thread of Zen 5, share of what memory gives: these lines only XORed and not sent for,
+// 100 %; with one or two more additions a line, 95 and 84; XORed and sent for, 97; this, 95.)
 INLINE void q_streams(const Slice *slice, int panel, int gap, Type type, const int P) {
     const Tensor w = typed(slice->w, type);
     const int groups = (int)group_count(w.cols), last = (int)panel_count(w.rows) - 1;
